@@ -1,0 +1,41 @@
+"""The pipeline without Kafka: raw records in, one NDJSON file per output topic out. Used by `compute`."""
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+from processors.pipeline import Output, Pipeline
+from processors.settings import PipelineSettings
+from schemas import topics
+from schemas.raw import RawRecord
+
+FILES = {topic.name: topic.name.removesuffix(".v1") + ".ndjson" for topic in topics.ALL if topic != topics.RAW}
+
+
+def compute(
+    records: Iterable[tuple[int, RawRecord]], out: Path, settings: PipelineSettings, close: bool
+) -> dict[str, int]:
+    """Runs (offset, record) pairs through a pipeline per partition, writes the values to `out`, one file a
+    topic, and returns the number of lines by file name. A partition that does not begin at offset 0 is
+    taken up in its middle."""
+    out.mkdir(parents=True, exist_ok=True)
+    pipelines: dict[int, Pipeline] = {}
+    counts = dict.fromkeys(FILES.values(), 0)
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((out / file).open("wb")) for name, file in FILES.items()}
+
+        def write(outputs: list[Output]) -> None:
+            for output in outputs:
+                files[output.topic].write(output.value + b"\n")
+                counts[FILES[output.topic]] += 1
+
+        for offset, record in records:
+            pipeline = pipelines.get(record.partition)
+            if pipeline is None:
+                pipeline = pipelines[record.partition] = Pipeline(record.partition, settings, offset > 0)
+            write(pipeline.process(record))
+            pipeline.lenient = False
+        if close:
+            for _, pipeline in sorted(pipelines.items()):
+                write(pipeline.close())
+    return counts

@@ -1,0 +1,1 @@
+"""The pure operators of the pipeline, each with its memory in event time declared."""

@@ -1,0 +1,216 @@
+"""Exact one-minute bars, closed by ticks and nothing else."""
+
+from decimal import Decimal
+
+from schemas.events import MINUTE_NS, Bar, Gap, Trade
+from schemas.numbers import EXACT, VWAP, ZERO, canonical
+
+_QUALITY = Decimal("0.0001")
+
+
+class _Minute:
+    """What is known of a symbol's minute. Open and close go by (ts_event, epoch, n)."""
+
+    __slots__ = (
+        "buy",
+        "close",
+        "close_at",
+        "count",
+        "dirty",
+        "high",
+        "late",
+        "low",
+        "notional",
+        "open",
+        "open_at",
+        "revision",
+        "sell",
+        "volume",
+    )
+
+    def __init__(self, trade: Trade, at: tuple[int, int, int], revision: int) -> None:
+        self.open = self.high = self.low = self.close = trade.price
+        self.open_at = self.close_at = at
+        self.volume = self.notional = self.buy = self.sell = ZERO
+        self.count = 0
+        self.revision = revision
+        self.late = False
+        self.dirty = False
+
+    def add(self, trade: Trade, at: tuple[int, int, int]) -> None:
+        price, size = trade.price, trade.size
+        if at < self.open_at:
+            self.open, self.open_at = price, at
+        if at >= self.close_at:
+            self.close, self.close_at = price, at
+        if price > self.high:
+            self.high = price
+        elif price < self.low:
+            self.low = price
+        self.volume = EXACT.add(self.volume, size)
+        self.notional = EXACT.fma(price, size, self.notional)
+        self.count += 1
+        if trade.side == "buy":
+            self.buy = EXACT.add(self.buy, size)
+        elif trade.side == "sell":
+            self.sell = EXACT.add(self.sell, size)
+
+    def state(self) -> object:
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+
+class _SeenGap:
+    """A gap, and the last tick before it came: minutes that were closed then count it as a revision."""
+
+    __slots__ = ("before", "gap")
+
+    def __init__(self, gap: Gap, before: int) -> None:
+        self.gap = gap
+        self.before = before
+
+    def touches(self, start: int, symbol: str) -> bool:
+        """Both ends of a gap belong to it; gaps without trades in them touch no bar."""
+        gap = self.gap
+        return (
+            gap.to >= start
+            and (gap.from_ is None or gap.from_ < start + MINUTE_NS)
+            and "XT" in gap.streams
+            and ("*" in gap.pairs or symbol in gap.pairs)
+        )
+
+
+class Bars:
+    """The minutes of one partition inside the lateness horizon.
+
+    A minute is closed once a tick has reached its end plus grace. A bar is emitted when its minute closes,
+    and again at the next tick after something changed it: a late trade, or a gap that touches it.
+    """
+
+    def __init__(self, lateness_ns: int, grace_ns: int, fingerprint: str) -> None:
+        self.memory_ns = lateness_ns + MINUTE_NS + grace_ns
+        self._lateness_ns = lateness_ns
+        self._grace_ns = grace_ns
+        self._fingerprint = fingerprint
+        self._minutes: dict[int, dict[str, _Minute]] = {}
+        self._gaps: list[_SeenGap] = []
+
+    def closed(self, start: int, tick: int) -> bool:
+        """Whether the minute from `start` is closed as of the tick."""
+        return tick >= start + MINUTE_NS + self._grace_ns
+
+    def add(self, trade: Trade, tick: int) -> None:
+        """Folds in a trade that is inside the horizon."""
+        start = trade.ts_event - trade.ts_event % MINUTE_NS
+        symbols = self._minutes.get(start)
+        if symbols is None:
+            symbols = self._minutes[start] = {}
+        at = (trade.ts_event, trade.epoch, trade.n)
+        minute = symbols.get(trade.symbol)
+        closed = tick >= start + MINUTE_NS + self._grace_ns
+        if minute is None:
+            missed = 0
+            if closed:  # its closing as empty was the bar's first version; gaps since then count too
+                missed = sum(self.closed(start, g.before) and g.touches(start, trade.symbol) for g in self._gaps)
+            minute = symbols[trade.symbol] = _Minute(trade, at, missed)
+        minute.add(trade, at)
+        if closed:
+            minute.revision += 1
+            minute.late = minute.dirty = True
+
+    def gap(self, gap: Gap, tick: int) -> None:
+        """Notes a gap; `tick` is the last tick before it. Closed bars that it touches are revised."""
+        seen = _SeenGap(gap, tick)
+        self._gaps.append(seen)
+        for start, symbols in self._minutes.items():
+            if self.closed(start, tick):
+                for symbol, minute in symbols.items():
+                    if seen.touches(start, symbol):
+                        minute.revision += 1
+                        minute.dirty = True
+
+    def tick(self, before: int, tick: int) -> list[Bar]:
+        """What a tick closes or finds changed, by (start, symbol); then forgets what is past the horizon."""
+        bars = []
+        horizon = tick - self._lateness_ns
+        for start in sorted(self._minutes):
+            if not self.closed(start, tick):
+                continue
+            first = not self.closed(start, before)
+            for symbol, minute in sorted(self._minutes[start].items()):
+                if first or minute.dirty:
+                    minute.dirty = False
+                    bars.append(self._bar(symbol, start, minute))
+            if start + MINUTE_NS <= horizon:
+                del self._minutes[start]
+        oldest = horizon - horizon % MINUTE_NS
+        if self._gaps and min(g.gap.to for g in self._gaps) < oldest:
+            self._gaps = [g for g in self._gaps if g.gap.to >= oldest]
+        return bars
+
+    def close(self, tick: int, end: int) -> list[Bar]:
+        """Every bar still open or changed, as if the recording ended at `end`: those are `partial`."""
+        bars = []
+        for start, symbols in sorted(self._minutes.items()):
+            for symbol, minute in sorted(symbols.items()):
+                if not self.closed(start, tick):
+                    bars.append(self._bar(symbol, start, minute, end))
+                elif minute.dirty:
+                    bars.append(self._bar(symbol, start, minute))
+        return bars
+
+    def _bar(self, symbol: str, start: int, minute: _Minute, cut: int | None = None) -> Bar:
+        end = start + MINUTE_NS
+        gaps = [g.gap for g in self._gaps if g.touches(start, symbol)]
+        missing = [(start if g.from_ is None else max(g.from_, start), min(g.to, end)) for g in gaps]
+        if cut is not None:
+            missing.append((max(start, min(cut, end)), end))
+        missing_ns = _covered(missing)
+        flags = []
+        if gaps or cut is not None:
+            flags.append("partial")
+        if any(g.reason != "start" for g in gaps):
+            flags.append("gap")
+        if minute.late:
+            flags.append("late")
+        return Bar(
+            symbol,
+            "1m",
+            start,
+            end,
+            minute.open,
+            minute.high,
+            minute.low,
+            minute.close,
+            canonical(minute.volume),
+            canonical(VWAP.divide(minute.notional, minute.volume)),
+            minute.count,
+            canonical(minute.buy),
+            canonical(minute.sell),
+            "final",
+            0,
+            minute.revision,
+            flags,
+            missing_ns,
+            canonical((1 - Decimal(missing_ns) / MINUTE_NS).quantize(_QUALITY)),
+            "trades",
+            self._fingerprint,
+        )
+
+    def state(self) -> object:
+        return (
+            {start: {s: m.state() for s, m in symbols.items()} for start, symbols in self._minutes.items()},
+            [(g.gap, g.before) for g in self._gaps],
+        )
+
+
+def _covered(stretches: list[tuple[int, int]]) -> int:
+    """The length of the union of stretches [from, to]."""
+    total, reached = 0, None
+    for begin, end in sorted(stretches):
+        if reached is None or begin > reached:
+            total += end - begin
+            reached = end
+        elif end > reached:
+            total += end - reached
+            reached = end
+    return total

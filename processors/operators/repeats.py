@@ -1,0 +1,43 @@
+"""Trades that came before: the same (symbol, exchange, id) again within its minute."""
+
+import xxhash
+
+from schemas.events import MINUTE_NS
+from schemas.wire import XT
+
+
+class Repeats:
+    """Remembers the trades of each minute in the horizon as 64-bit hashes, gone with the minute.
+
+    Repeats are looked for in the trade's own minute only: an id that comes back with another time is
+    judged alike by one pass and by a rebuild.
+    """
+
+    def __init__(self, lateness_ns: int) -> None:
+        self.memory_ns = lateness_ns + MINUTE_NS
+        self._lateness_ns = lateness_ns
+        self._minutes: dict[int, dict[str, set[int]]] = {}
+
+    def seen(self, message: XT, symbol: str, ts: int) -> bool:
+        """Whether the trade was seen before; from now on it was."""
+        minute = ts - ts % MINUTE_NS
+        symbols = self._minutes.get(minute)
+        if symbols is None:
+            symbols = self._minutes[minute] = {}
+        hashes = symbols.get(symbol)
+        if hashes is None:
+            hashes = symbols[symbol] = set()
+        key = xxhash.xxh3_64_intdigest(f"{message.x} {message.i}".encode())
+        if key in hashes:
+            return True
+        hashes.add(key)
+        return False
+
+    def tick(self, tick: int) -> None:
+        """Forgets the minutes that are wholly past the horizon."""
+        horizon = tick - self._lateness_ns
+        for minute in [m for m in self._minutes if m + MINUTE_NS <= horizon]:
+            del self._minutes[minute]
+
+    def state(self) -> object:
+        return self._minutes

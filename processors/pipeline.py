@@ -1,0 +1,243 @@
+"""The one pure pipeline that turns a partition of the raw log into every output.
+
+Live running, recovery, replay, `tapedeck compute` and every test call `Pipeline.process`. It touches
+nothing: records in, outputs out, and its whole state is a function of the records.
+"""
+
+from collections import Counter
+from typing import NamedTuple
+
+import msgspec
+
+from processors.operators import normalize
+from processors.operators.bars import Bars
+from processors.operators.repeats import Repeats
+from processors.operators.resend import ResendFilter
+from processors.settings import PipelineSettings
+from schemas import topics, wire
+from schemas.events import (
+    MINUTE_NS,
+    NS_PER_MS,
+    NS_PER_S,
+    Bar,
+    DeadLetter,
+    Gap,
+    MinuteClosed,
+    Quarantined,
+    encode,
+    encode_plain,
+)
+from schemas.raw import RawRecord, decode_gap_value, text_of
+
+RUN_IN_RECORDS = 1_000  # more than a producer ever has in flight on a partition
+
+
+class Output(NamedTuple):
+    """A record for an output topic; it goes to the partition number of the raw record, with its timestamp.
+    `vouches`: it must not be sent before everything ahead of it was acknowledged."""
+
+    topic: str
+    key: bytes | None
+    value: bytes
+    timestamp_ms: int
+    vouches: bool = False
+
+
+class Pipeline:
+    """The state of one partition. `lenient` takes up a log in its middle (see ResendFilter)."""
+
+    def __init__(self, partition: int, settings: PipelineSettings, lenient: bool = False) -> None:
+        self.partition = partition
+        self.lenient = lenient
+        self.counts: Counter[str] = Counter()
+        self._settings = settings
+        self._fingerprint = settings.fingerprint()
+        self._filter = ResendFilter()
+        self._repeats = Repeats(settings.lateness_ns)
+        self._bars = Bars(settings.lateness_ns, settings.grace_ns, self._fingerprint)
+        self._tick: int | None = None
+        self._out: list[Output] = []
+        self._at_ms = 0
+
+    @property
+    def memory_ns(self) -> int:
+        """How far before a record a rebuild must start: the sum of the operators' memories, 10 s allowed
+        ahead and 1 s between ticks."""
+        memories = self._filter.memory_ns + self._repeats.memory_ns + self._bars.memory_ns
+        return memories + self._settings.ahead_ns + NS_PER_S
+
+    @property
+    def tick(self) -> int | None:
+        """The last tick, ns: the partition's watermark."""
+        return self._tick
+
+    def process(self, record: RawRecord) -> list[Output]:
+        """The outputs of the next record of the log."""
+        verdict, hole_ms = self._filter.judge(record, self.lenient)
+        self.counts[verdict] += 1
+        if verdict != "take":
+            return []
+        self._out = []
+        self._at_ms = record.timestamp_ms
+        at = record.timestamp_ms * NS_PER_MS
+        if self._tick is None:
+            self._tick = at - at % NS_PER_S
+        if hole_ms is not None:
+            since, streams = hole_ms * NS_PER_MS, list(wire.STREAMS)
+            self._note(Gap(since, at, streams, ["*"], "hole", record.epoch, self.partition, record.n))
+        match record.kind:
+            case "slice":
+                self._slice(record)
+            case "tick":
+                self._advance(at)
+            case "gap":
+                self._gap(record, at)
+            case "bad":
+                self._dead(record.value, "not JSON", record.recv[0][0], record.epoch, record.n)
+            case _:
+                self._dead(record.value, f"record of unknown kind {record.kind!r}", 0, record.epoch, record.n)
+        return self._out
+
+    def foreign(self, value: bytes, timestamp_ms: int, reason: str) -> list[Output]:
+        """A record that no producer of ours wrote: to the dead letters, without touching any state."""
+        self._out, self._at_ms = [], timestamp_ms
+        self._dead(value, reason, 0, -1, -1)
+        return self._out
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def _slice(self, record: RawRecord) -> None:
+        recvs = [recv for recv, count in record.recv for _ in range(count)]
+        messages: list[wire.Message | str]
+        parts: list[msgspec.Raw] | None = None
+        try:
+            messages = list(wire.decode_slice(record.value))
+        except wire.DECODE_ERRORS:
+            try:
+                parts = wire.split_array(record.value)
+            except wire.DECODE_ERRORS as error:
+                self._dead(record.value, f"slice is no JSON array: {error}", recvs[0], record.epoch, record.n)
+                return
+            messages = [_message(part) for part in parts]
+        if len(messages) != len(recvs):
+            reason = f"slice holds {len(messages)} events, its header counts {len(recvs)}"
+            self._dead(record.value, reason, recvs[0], record.epoch, record.n)
+            return
+        for index, message in enumerate(messages):
+            n = record.n + index
+            try:
+                if isinstance(message, wire.XT):
+                    self._trade(message, record, index, recvs[index], n)
+                elif isinstance(message, wire.XQ):
+                    self._quote(message, record, index, recvs[index], n)
+                elif isinstance(message, str):
+                    raise normalize.CannotNormalize(message)
+                else:
+                    self._vendor_bar(message, record, index, recvs[index], n)
+            except normalize.CannotNormalize as error:
+                parts = parts or wire.split_array(record.value)
+                self._dead(bytes(parts[index]), str(error), recvs[index], record.epoch, n)
+
+    def _trade(self, message: wire.XT, record: RawRecord, index: int, recv: int, n: int) -> None:
+        tick = self._tick or 0
+        flags: list[str] = []
+        trade = normalize.trade(message, recv, flags, record.epoch, self.partition, n)
+        ts = trade.ts_event
+        if ts > tick + self._settings.ahead_ns:
+            self._quarantine(trade.symbol, ts, recv, record, index, n)
+            return
+        if ts < tick - self._settings.lateness_ns:
+            flags.append("too_late")
+        elif self._repeats.seen(message, trade.symbol, ts):
+            self.counts["duplicate"] += 1
+            return
+        else:
+            if self._bars.closed(ts - ts % MINUTE_NS, tick):
+                flags.append("late")
+            self._bars.add(trade, tick)
+        tiny = trade.price.adjusted() < -6 or trade.size.adjusted() < -6
+        value = encode_plain(trade) if tiny else encode(trade)
+        self._emit(topics.TRADES, trade.symbol, value)
+
+    def _quote(self, message: wire.XQ, record: RawRecord, index: int, recv: int, n: int) -> None:
+        quote = normalize.quote(message, recv, record.epoch, self.partition, n)
+        if quote.ts_event > (self._tick or 0) + self._settings.ahead_ns:
+            self._quarantine(quote.symbol, quote.ts_event, recv, record, index, n)
+            return
+        self._emit(topics.QUOTES, quote.symbol, encode_plain(quote))
+
+    def _vendor_bar(self, message: wire.XA | wire.XAS, record: RawRecord, index: int, recv: int, n: int) -> None:
+        bar = normalize.vendor_bar(message, recv, record.epoch, self.partition, n)
+        if bar.start > (self._tick or 0) + self._settings.ahead_ns:
+            self._quarantine(bar.symbol, bar.start, recv, record, index, n)
+            return
+        self._emit(topics.VENDOR_BARS, bar.symbol, encode_plain(bar))
+
+    # -- time --------------------------------------------------------------------------------------
+
+    def _gap(self, record: RawRecord, at: int) -> None:
+        """A gap is noted first, then it ticks. Its end is never past its own time; null is its own time."""
+        try:
+            gap = decode_gap_value(record.value)
+        except wire.DECODE_ERRORS as error:
+            self._dead(record.value, f"not a gap: {error}", record.recv[0][0], record.epoch, record.n)
+            return
+        to = at if gap.to is None else min(gap.to, at)
+        self._note(Gap(gap.from_, to, gap.streams, gap.pairs, gap.reason, record.epoch, self.partition, record.n))
+        self._advance(at)
+
+    def _note(self, gap: Gap) -> None:
+        self._bars.gap(gap, self._tick or 0)
+        self._emit(topics.GAPS, None, encode(gap))
+
+    def _advance(self, tick: int) -> None:
+        before = self._tick or 0
+        if tick < before:
+            return
+        for bar in self._bars.tick(before, tick):
+            self._emit(topics.BARS_1M, bar.symbol, encode_plain(bar))
+        closed, was = (t - self._settings.grace_ns for t in (tick, before))
+        if closed // MINUTE_NS > was // MINUTE_NS:
+            end = closed - closed % MINUTE_NS
+            value = encode(MinuteClosed(self.partition, end, self._fingerprint))
+            self._out.append(Output(topics.BARS_1M.name, None, value, self._at_ms, vouches=True))
+        self._repeats.tick(tick)
+        self._tick = tick
+
+    def close(self) -> list[Output]:
+        """Finalises what is still open, as if the recording ended with the last record."""
+        self._out = []
+        bars: list[Bar] = self._bars.close(self._tick or 0, self._at_ms * NS_PER_MS)
+        for bar in bars:
+            self._emit(topics.BARS_1M, bar.symbol, encode_plain(bar))
+        return self._out
+
+    # -- outputs -----------------------------------------------------------------------------------
+
+    def _emit(self, topic: topics.Topic, key: str | None, value: bytes) -> None:
+        self._out.append(Output(topic.name, None if key is None else key.encode(), value, self._at_ms))
+
+    def _dead(self, data: bytes, reason: str, recv: int, epoch: int, n: int) -> None:
+        self.counts["deadletter"] += 1
+        letter = DeadLetter(reason, recv, *text_of(data), epoch, self.partition, n)
+        self._emit(topics.DEAD_LETTERS, None, encode(letter))
+
+    def _quarantine(self, symbol: str, ts: int, recv: int, record: RawRecord, index: int, n: int) -> None:
+        self.counts["quarantined"] += 1
+        data = bytes(wire.split_array(record.value)[index])
+        ahead = ts - (self._tick or 0)
+        event = Quarantined(symbol, ts, recv, ahead, *text_of(data), record.epoch, self.partition, n)
+        self._emit(topics.QUARANTINE, symbol, encode(event))
+
+    def state(self) -> object:
+        """Everything that later outputs depend on, comparable."""
+        return (self._filter.state(), self._tick, self._repeats.state(), self._bars.state())
+
+
+def _message(part: msgspec.Raw) -> wire.Message | str:
+    """The message, or the reason why it is none."""
+    try:
+        message: wire.Message = wire.decode_message(part)
+        return message
+    except wire.DECODE_ERRORS as error:
+        return str(error)

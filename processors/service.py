@@ -1,0 +1,256 @@
+"""The processor process: a thin Faust app that moves bytes through the pipeline.
+
+Faust brings the group, the assignment and the offsets. State is the pipeline's, in memory; a delivered
+record that is not the next one triggers a rebuild, so nothing rests on rebalance callbacks. A record is
+acknowledged, in order, after the broker took everything made from it; any unexpected error ends the process.
+"""
+
+import asyncio
+import time
+from collections import deque
+from typing import Any
+
+import faust
+import faust.streams
+import structlog
+from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
+
+from processors.pipeline import Output, Pipeline
+from processors.rebuild import rebuild
+from processors.settings import PipelineSettings
+from schemas import topics
+from schemas.events import NS_PER_S
+from schemas.raw import NotARawRecord, RawRecord, from_kafka
+from tapedeck import kafka, metrics
+from tapedeck.errors import TapedeckError, UsageError
+from tapedeck.settings import Settings
+from tapedeck.shell import Shell
+
+log = structlog.get_logger()
+
+PENDING_OUTPUTS = 20_000  # outputs not yet acknowledged, past which reading waits
+WAITING_RECORDS = 10_000  # records of a partition that is being rebuilt, past which reading waits
+
+
+class Partition:
+    """A partition of the raw topic: its pipeline, the next offset, and what waits while it is rebuilt."""
+
+    def __init__(self) -> None:
+        self.pipeline: Pipeline | None = None
+        self.next_offset = -1
+        self.waiting: deque[Any] = deque()
+        self.rebuilding: asyncio.Task[None] | None = None
+
+
+class Processor:
+    """Takes Faust events in, keeps outputs and acknowledgements in order."""
+
+    def __init__(self, shell: Shell) -> None:
+        self._shell = shell
+        self._settings = shell.settings
+        self._pipeline = PipelineSettings(self._settings.lateness_ns, self._settings.grace_ns)
+        self._publisher = kafka.Publisher(self._settings)
+        self._partitions: dict[int, Partition] = {}
+        self._outputs: list[kafka.Message] = []
+        self._vouching: list[kafka.Message] = []
+        self._events: list[Any] = []
+        self._filled = asyncio.Event()
+        self._roomy = asyncio.Event()
+        self._roomy.set()
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the process: an exception that merely left the agent would be committed past."""
+        if not self.failed.done():
+            self.failed.set_exception(error)
+
+    async def start(self) -> None:
+        await self._publisher.start()
+
+    async def stop(self) -> None:
+        for partition in self._partitions.values():
+            if partition.rebuilding:
+                partition.rebuilding.cancel()
+        await self._publisher.stop()
+
+    async def consume(self, stream: Any) -> None:
+        """The agent. It never ends by an exception of its own."""
+        try:
+            async for event in stream.noack().events():
+                await self._take(event)
+        except Exception as error:
+            self.fail(error)
+            await asyncio.Event().wait()
+
+    async def _take(self, event: Any) -> None:
+        await self._roomy.wait()
+        number = event.message.partition
+        partition = self._partitions.setdefault(number, Partition())
+        if partition.rebuilding is not None and partition.rebuilding.done():
+            partition.rebuilding = None
+        if partition.rebuilding is None and event.message.offset == partition.next_offset:
+            self._process(partition, event)
+            return
+        if partition.rebuilding is not None and event.message.offset == partition.waiting[-1].message.offset + 1:
+            partition.waiting.append(event)
+            if len(partition.waiting) > WAITING_RECORDS:
+                await asyncio.wait({partition.rebuilding})
+            return
+        if partition.rebuilding is not None:  # delivered from elsewhere meanwhile: that work is for nothing
+            partition.rebuilding.cancel()
+        partition.pipeline, partition.waiting = None, deque([event])
+        partition.rebuilding = asyncio.create_task(self._rebuild(partition, event))
+
+    async def _rebuild(self, partition: Partition, first: Any) -> None:
+        started = time.perf_counter()
+        message = first.message
+        place = TopicPartition(message.topic, message.partition)
+        try:
+            pipeline = await rebuild(self._settings, self._pipeline, place, message.offset)
+            partition.pipeline, partition.next_offset = pipeline, message.offset
+            while partition.waiting:
+                self._process(partition, partition.waiting[0])
+                partition.waiting.popleft()
+                if len(partition.waiting) % 100 == 0:
+                    await asyncio.sleep(0)
+            partition.rebuilding = None
+        except Exception as error:
+            self.fail(error)
+            return
+        metrics.REBUILDS.inc()
+        metrics.REBUILD_SECONDS.observe(time.perf_counter() - started)
+
+    def _process(self, partition: Partition, event: Any) -> None:
+        message = event.message
+        pipeline = partition.pipeline
+        assert pipeline is not None
+        outputs = self._run(pipeline, message)
+        partition.next_offset = message.offset + 1
+        prefix = self._settings.topic_prefix
+        for output in outputs:
+            record = kafka.Message(
+                prefix + output.topic, message.partition, output.key, output.value, output.timestamp_ms, []
+            )
+            (self._vouching if output.vouches else self._outputs).append(record)
+        self._events.append(event)
+        self._filled.set()
+        if len(self._outputs) > PENDING_OUTPUTS:
+            self._roomy.clear()
+        if pipeline.tick is not None:
+            metrics.WATERMARK.labels(message.partition).set(pipeline.tick / NS_PER_S)
+
+    @staticmethod
+    def _run(pipeline: Pipeline, message: Any) -> list[Output]:
+        timestamp_ms = round(message.timestamp * 1000)
+        headers = message.headers.items() if isinstance(message.headers, dict) else message.headers
+        try:
+            raw: RawRecord = from_kafka(message.partition, timestamp_ms, headers, message.value)
+        except NotARawRecord as error:
+            return pipeline.foreign(message.value or b"", timestamp_ms, str(error))
+        before = dict(pipeline.counts)
+        outputs = pipeline.process(raw)
+        pipeline.lenient = False
+        for name, count in pipeline.counts.items():
+            added = count - before.get(name, 0)
+            if added:
+                kind = metrics.PROCESSED if name in ("take", "resend", "overtook", "zombie") else metrics.PIPELINE
+                kind.labels(name).inc(added)
+        return outputs
+
+    async def flush(self) -> None:
+        """One round after the other: outputs, then the markers that vouch for them, then acknowledgements."""
+        try:
+            while True:
+                await self._filled.wait()
+                self._filled.clear()
+                outputs, self._outputs = self._outputs, []
+                vouching, self._vouching = self._vouching, []
+                events, self._events = self._events, []
+                self._roomy.set()
+                for part in (outputs, vouching):
+                    if part:
+                        await self._publisher.publish(part)
+                        for topic in topics.ALL:
+                            count = sum(m.topic == self._settings.topic_prefix + topic.name for m in part)
+                            metrics.OUTPUTS.labels(topic.name).inc(count)
+                for event in events:
+                    event.ack()
+        except Exception as error:
+            self.fail(error)
+
+
+def faust_app(settings: Settings) -> faust.App:
+    """The app; each setting is there for a failure seen (docs/decisions.md)."""
+    if vars(faust.streams)["_CStreamIterator"] is None:
+        raise UsageError("Faust's compiled stream iterator is missing; the pure-Python one loses records")
+    protocol = settings.kafka_security_protocol
+    credentials: Any = None
+    if "SASL" in protocol:
+        password = settings.kafka_sasl_password
+        credentials = faust.SASLCredentials(
+            mechanism=settings.kafka_sasl_mechanism,
+            username=settings.kafka_sasl_username,
+            password=password.get_secret_value() if password else None,
+            ssl_context=settings.ssl_context() if "SSL" in protocol else None,
+        )
+    elif protocol == "SSL":
+        credentials = faust.SSLCredentials(settings.ssl_context())
+    return faust.App(
+        settings.topic_prefix + "tapedeck-processor",
+        broker=[f"kafka://{server.strip()}" for server in settings.kafka_bootstrap_servers.split(",")],
+        broker_credentials=credentials,
+        store="memory://",
+        web_enabled=False,
+        topic_allow_declare=False,
+        topic_disable_leader=True,
+        consumer_auto_offset_reset="earliest",
+        consumer_max_fetch_size=topics.MAX_RECORD_BYTES,
+        broker_session_timeout=10.0,
+        broker_heartbeat_interval=2.0,
+        broker_commit_interval=0.5,
+        stream_buffer_maxsize=64,
+        stream_wait_empty=False,
+    )
+
+
+async def run(shell: Shell) -> None:
+    """`tapedeck process`. Raises UsageError, TapedeckError."""
+    settings = shell.settings
+    await kafka.prepare(settings)
+    app = faust_app(settings)
+    processor = Processor(shell)
+    try:
+        await processor.start()
+    except KafkaError as error:
+        raise TapedeckError(f"Kafka at {settings.kafka_bootstrap_servers}: {error}") from error
+    raw = app.topic(
+        settings.topic_prefix + topics.RAW.name, value_type=bytes, value_serializer="raw", key_type=bytes
+    )
+    app.agent(raw, name="pipeline")(processor.consume)
+    flushing = asyncio.create_task(processor.flush())
+    serving = asyncio.create_task(_serve(app))
+    failing = asyncio.create_task(_raise(processor.failed))
+    try:
+        await shell.until_stopped(serving, failing)
+    finally:
+        flushing.cancel()
+        failing.cancel()
+        await asyncio.gather(flushing, failing, return_exceptions=True)
+        await app.stop()
+        await asyncio.gather(serving, return_exceptions=True)
+        await processor.stop()
+    log.info("stopped")
+
+
+async def _serve(app: faust.App) -> None:
+    """Runs Faust inside this process's own loop; it must not end before it is told to."""
+    await app.start()
+    await app.wait_until_stopped()
+    if app.crash_reason:
+        raise app.crash_reason
+    raise TapedeckError("Faust stopped by itself")
+
+
+async def _raise(failed: asyncio.Future[None]) -> None:
+    await failed

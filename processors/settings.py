@@ -1,0 +1,23 @@
+"""What the pipeline's results depend on beside the log."""
+
+import hashlib
+
+import msgspec
+
+from schemas.events import MINUTE_NS, NS_PER_S
+
+VERSION = "1"
+
+
+class PipelineSettings(msgspec.Struct, frozen=True):
+    """`lateness_ns`: how far behind the last tick a trade may be and still change its bar. `grace_ns`: how
+    long after its end a bar waits for trades. `ahead_ns`: further past the last tick is quarantined."""
+
+    lateness_ns: int = 15 * MINUTE_NS
+    grace_ns: int = 2 * NS_PER_S
+    ahead_ns: int = 10 * NS_PER_S
+
+    def fingerprint(self) -> str:
+        """Eight hex digits that name the pipeline's version and settings; bars and markers carry it."""
+        text = VERSION.encode() + msgspec.json.encode(self)
+        return hashlib.blake2b(text, digest_size=4).hexdigest()

@@ -1,0 +1,104 @@
+"""The feed clock: what time it is on the exchanges, as far as the feed proves it. Pure.
+
+It is the highest event time believed, moved on by elapsed receive time (less a margin) while the feed is
+idle but alive. It never goes back; when it is ahead it stands still until events catch up. The wall clock's
+only part is an upper bound, taken from receive times. The rules and the counterexamples that bought them
+are in docs/feed-clock.md.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from schemas.events import NS_PER_S
+
+AHEAD_NS = 10 * NS_PER_S  # an event further past the extrapolated feed time than this is held back
+HOLD_NS = 2 * NS_PER_S  # ... for at most this long
+HOLD_EVENTS = 1_000  # ... or until this many events wait
+WALL_AHEAD_NS = 60 * NS_PER_S  # nothing further past its own receive time is ever believed
+MARGIN_NS = NS_PER_S  # how far an idle clock stays behind elapsed time: deliveries are never that uneven
+
+
+class Claim(NamedTuple):
+    """An event's claim about the time: `ts` in ns (None: it makes none), who claims it, and when it came."""
+
+    ts: int | None
+    exchange: int | None
+    pair: str
+    recv: int
+
+
+class FeedClock:
+    """`now` is the clock in ns, None until a first event is believed.
+
+    `resume` is (clock, receive time) in ns of the log's last record: belief goes on across restarts.
+    """
+
+    def __init__(self, resume: tuple[int, int] | None = None) -> None:
+        self.now: int | None = resume[0] if resume else None
+        self._highest = self._last = resume
+        self._exchanges: set[int] = set()
+
+    def heard(self, claim: Claim) -> None:
+        """Notes who speaks on this feed, believed or not."""
+        if claim.exchange is not None:
+            self._exchanges.add(claim.exchange)
+
+    @staticmethod
+    def possible(claim: Claim) -> bool:
+        """Whether the claim makes sense at all, by the wall clock at which it was received."""
+        return claim.ts is not None and claim.ts <= claim.recv + WALL_AHEAD_NS
+
+    def in_bounds(self, claim: Claim) -> bool:
+        """Whether the claim is at most 10 s past the time that the last believed events lead to."""
+        if self._highest is None or not self.possible(claim):
+            return False
+        assert claim.ts is not None
+        ts, recv = self._highest
+        return claim.ts <= ts + max(0, claim.recv - recv) + AHEAD_NS
+
+    def verdict(self, claim: Claim, later: Sequence[Claim], now: int) -> bool | None:
+        """Whether to believe a claim, given the claims that came after it; None: too early to say.
+
+        Believed when in bounds, when another exchange (another pair where the feed has one exchange)
+        agrees within 10 s, or when nothing contradicted it in time.
+        """
+        if not self.possible(claim):
+            return False
+        if self.in_bounds(claim):
+            return True
+        assert claim.ts is not None
+        contradicted = False
+        for other in later:
+            if other.ts is None or not self.possible(other):
+                continue
+            if abs(other.ts - claim.ts) > AHEAD_NS:
+                contradicted = contradicted or self._highest is None or self.in_bounds(other)
+            elif self._independent(claim, other):
+                return True
+        if now - claim.recv >= HOLD_NS or len(later) + 1 >= HOLD_EVENTS:
+            return not contradicted
+        return None
+
+    def _independent(self, one: Claim, other: Claim) -> bool:
+        if len(self._exchanges) > 1 and one.exchange is not None:
+            return other.exchange is not None and other.exchange != one.exchange
+        return other.pair != one.pair
+
+    def believe(self, claim: Claim) -> int:
+        """Takes a believed claim in; returns what the clock should be moved to (never back), in ns."""
+        assert claim.ts is not None
+        self._last = (claim.ts, claim.recv)
+        if self._highest is None or claim.ts > self._highest[0]:
+            self._highest = self._last
+        return max(self.now or 0, claim.ts)
+
+    def idle(self, now: int) -> int | None:
+        """What an idle but living feed moves the clock to at receive time `now`."""
+        if self._last is None or self.now is None:
+            return None
+        ts, recv = self._last
+        return max(self.now, ts + now - recv - MARGIN_NS)
+
+    def idle_reaches(self, ts: int) -> int | None:
+        """The receive time at which an idle clock gets to `ts`."""
+        return None if self._last is None else ts - self._last[0] + self._last[1] + MARGIN_NS

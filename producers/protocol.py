@@ -1,0 +1,92 @@
+"""Polygon's WebSocket protocol as a state machine: bytes in, events out, bytes to send. Pure.
+
+connected → auth → auth_success → subscribe → one acknowledgement for each parameter → live. An
+acknowledgement is not delivery: unknown pairs are acknowledged and then silent (docs/protocol.md).
+"""
+
+from collections.abc import Sequence
+
+import orjson
+
+from producers.split import Item, split_frame
+from schemas import wire
+
+
+class SessionError(Exception):
+    """The session cannot go on; connecting again may help."""
+
+
+class Evicted(SessionError):
+    """The vendor closed this session for another one on the same key."""
+
+
+class AuthFailed(Exception):
+    """The key was refused; connecting again with it will not help."""
+
+
+class Refused(Exception):
+    """Not one of the wanted channels may be subscribed to with this key."""
+
+
+class Protocol:
+    """One session. After `receive`, send what `to_send()` returns."""
+
+    def __init__(self, key: str, params: Sequence[str]) -> None:
+        self._key = key
+        self._params = list(params)
+        self._pending: list[str] = []
+        self._outbox: list[bytes] = []
+        self._asked = False
+        self.refused = 0
+        self.live = False
+
+    def to_send(self) -> list[bytes]:
+        """What must be sent now, each a text message."""
+        out, self._outbox = self._outbox, []
+        return out
+
+    def receive(self, data: bytes) -> list[Item]:
+        """The market events of a frame, in order. Raises SessionError, Evicted, AuthFailed, Refused."""
+        items = split_frame(data)
+        if any(item.head is not None and item.head.ev == "status" for item in items):
+            for item in items:
+                if item.head is not None and item.head.ev == "status":
+                    self._status(item.head)
+            items = market_items(items)
+        return items
+
+    def _status(self, head: wire.Head) -> None:
+        match head.status:
+            case "connected":
+                self._outbox.append(orjson.dumps({"action": "auth", "params": self._key}))
+            case "auth_success":
+                if not self._asked:
+                    self._asked, self._pending = True, list(self._params)
+                    params = ",".join(self._params)
+                    self._outbox.append(orjson.dumps({"action": "subscribe", "params": params}))
+            case "auth_failed":
+                raise AuthFailed(head.message or "authentication failed")
+            case "auth_timeout":
+                raise SessionError("the vendor timed the authentication out")
+            case "max_connections":
+                raise Evicted(head.message or "maximum number of connections")
+            case "success" | "error" if self._asked and not self.live:
+                self._acknowledged(head)
+            case "slow_consumer" | "force_disconnect":
+                raise SessionError(f"{head.status}: {head.message or 'the vendor ends the session'}")
+
+    def _acknowledged(self, head: wire.Head) -> None:
+        """Replies come one for each parameter, in order; a refusal does not say which."""
+        if head.status == "error":
+            self.refused += 1
+        name = (head.message or "").removeprefix("subscribed to: ")
+        self._pending.remove(name if name in self._pending else self._pending[0])
+        if not self._pending:
+            if self.refused == len(self._params):
+                raise Refused(head.message or "not authorized")
+            self.live = True
+
+
+def market_items(items: list[Item]) -> list[Item]:
+    """Without the vendor's status messages, which belong to the session and not to the tape."""
+    return [item for item in items if item.head is None or item.head.ev != "status"]

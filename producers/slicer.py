@@ -1,0 +1,309 @@
+"""From events as they come to records as they stand in the raw topic: order, time, numbers. Pure.
+
+Everything that makes the log what it is is decided here: slices, ticks, gaps, epochs and numbers, the
+record's timestamp. Bytes and receive times go in; records come out of `take()` in the order to publish.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from functools import lru_cache
+
+import msgspec
+from aiokafka.partitioner import murmur2
+
+from producers.clock import HOLD_EVENTS, HOLD_NS, Claim, FeedClock
+from producers.split import Item
+from schemas.events import NS_PER_MS, NS_PER_S
+from schemas.raw import GapValue, RawRecord, Runs, TickValue
+from schemas.topics import PARTITIONS
+
+
+class SlicerSettings(msgspec.Struct, frozen=True):
+    """`linger_ns`: how long a slice waits for more events. `usual_ns`: without data for longer than this
+    the feed is not called alive. `settle_ns`: how long the first events after a gap are held to see what
+    time it is, for one of them may be a late one."""
+
+    linger_ns: int = 5 * NS_PER_MS
+    max_events: int = 500
+    max_bytes: int = 64 * 1024
+    usual_ns: int = 10 * NS_PER_S
+    settle_ns: int = 100 * NS_PER_MS
+
+
+class Resume(msgspec.Struct, frozen=True):
+    """Where the log stands: highest epoch, feed clock and receive time of the newest record, and the
+    timestamp of each partition's last record (ms; None where there is none)."""
+
+    epoch: int
+    clock_ms: int
+    recv_ns: int
+    last_ms: list[int | None]
+
+
+class _Slice:
+    __slots__ = ("bytes", "opened", "parts", "runs")
+
+    def __init__(self, opened: int) -> None:
+        self.opened = opened
+        self.parts: list[bytes] = []
+        self.runs: list[list[int]] = []
+        self.bytes = 1
+
+
+class _Pending:
+    """A gap that began and ends with the next events: reason, and `from` in ns for each partition."""
+
+    __slots__ = ("reason", "since")
+
+    def __init__(self, reason: str, since: list[int | None]) -> None:
+        self.reason = reason
+        self.since = since
+
+
+@lru_cache(maxsize=65536)
+def partition_of(pair: str) -> int:
+    """Kafka's default partitioner, so that any producer keyed by pair agrees."""
+    return (murmur2(pair.encode()) & 0x7FFFFFFF) % PARTITIONS if pair else 0
+
+
+class Slicer:
+    """One producer epoch of the raw log. All times are receive times in ns, never decreasing."""
+
+    def __init__(
+        self,
+        settings: SlicerSettings,
+        streams: Iterable[str],
+        pairs: Iterable[str],
+        resume: Resume | None = None,
+    ) -> None:
+        self._settings = settings
+        self._streams, self._pairs = list(streams), list(pairs)
+        self.epoch = resume.epoch + 1 if resume else 1
+        self.clock = FeedClock((resume.clock_ms * NS_PER_MS, resume.recv_ns) if resume else None)
+        self._proven = self.clock.now
+        self._numbers = [0] * PARTITIONS
+        self._open: dict[int, _Slice] = {}
+        self._held: deque[tuple[Item, Claim]] = deque()
+        self._settles_at: int | None = None
+        self._now = 0
+        self._connected = False
+        self._heard: dict[str, int] = {}
+        self._out: list[RawRecord] = []
+        self._gap: _Pending | None = _Pending(
+            "away" if resume else "start",
+            [None if ms is None else ms * NS_PER_MS for ms in resume.last_ms] if resume else [None] * PARTITIONS,
+        )
+
+    def take(self) -> list[RawRecord]:
+        """The records made since the last call, in the order they must be published."""
+        out, self._out = self._out, []
+        return out
+
+    # -- what happens to the connection ------------------------------------------------------------
+
+    def connected(self) -> None:
+        """Subscribed: from here on the feed may be alive."""
+        self._connected = True
+
+    def lost(self, reason: str, now: int) -> None:
+        """The connection is gone; what came after the last frame or pong may have been missed."""
+        self._connected = False
+        self.flush(now)
+        if self._gap is None:
+            self._gap = _Pending(reason, [self._proven] * PARTITIONS)
+
+    def pong(self, now: int) -> None:
+        """An answered ping: everything the feed sent before it has arrived."""
+        self.advance(now)
+        self._proven = self.clock.now
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def frame(self, items: list[Item], recv: int) -> None:
+        """The events of one frame, in order."""
+        self.advance(recv)
+        for item in items:
+            head = item.head
+            if head is None:
+                claim = Claim(None, None, "", recv)
+            else:
+                time_ms = head.time_ms
+                claim = Claim(None if time_ms is None else time_ms * NS_PER_MS, head.x, head.pair, recv)
+                self._heard[head.ev] = recv
+                self.clock.heard(claim)
+            if self._held or self._gap:
+                self._hold(item, claim)
+            elif claim.ts is None:
+                self._append(item, recv)
+            elif self.clock.in_bounds(claim):
+                self._move(self.clock.believe(claim), recv)
+                self._append(item, recv)
+            else:
+                self._hold(item, claim)
+        self._proven = self.clock.now
+
+    def _hold(self, item: Item, claim: Claim) -> None:
+        self._held.append((item, claim))
+        if self._gap and self._settles_at is None:
+            self._settles_at = claim.recv + self._settings.settle_ns
+        self._release(claim.recv)
+
+    def _release(self, now: int, final: bool = False) -> None:
+        """Lets held events go, in order, as far as can be said now what to believe."""
+        if self._gap and not self._end_gap(now, final):
+            return
+        while self._held:
+            item, claim = self._held[0]
+            believed = self.clock.in_bounds(claim)
+            if not believed and self.clock.possible(claim):
+                verdict = self.clock.verdict(claim, [other for _, other in self._held][1:], now)
+                if verdict is None:
+                    return
+                believed = verdict
+            self._held.popleft()
+            if believed:
+                self._move(self.clock.believe(claim), claim.recv)
+            self._append(item, claim.recv)
+
+    def _end_gap(self, now: int, final: bool) -> bool:
+        """Ends the gap once the events after it say what time it is; whether it is ended.
+
+        The first held event to be believed decides, with all that are in bounds then: the first may be a
+        late one. If nothing in 2 s or 1,000 events tells the time, the clock goes by elapsed time.
+        """
+        assert self._gap is not None
+        settled = self._settles_at is not None and now >= self._settles_at
+        if not self._held or not (settled or final or len(self._held) >= HOLD_EVENTS):
+            return False
+        claims = [claim for _, claim in self._held]
+        for at, claim in enumerate(claims):
+            verdict = self.clock.verdict(claim, claims[at + 1 :], now)
+            if verdict is None:
+                return False
+            if verdict:
+                self.clock.believe(claim)
+                first = [c for c in claims if c.recv <= claims[0].recv + self._settings.settle_ns]
+                clock = max(c.ts or 0 for c in [claim, *first] if self.clock.in_bounds(c))
+                break
+        else:
+            waited = final or len(claims) >= HOLD_EVENTS
+            if not waited and (self.clock.now is None or now < claims[0].recv + HOLD_NS):
+                return False
+            clock = self.clock.idle(claims[-1].recv) or claims[0].recv
+        clock = max(clock, self.clock.now or 0)
+        gap, self._gap, self._settles_at = self._gap, None, None
+        for partition in list(self._open):
+            self._close(partition)
+        self.clock.now = clock
+        for partition, since in enumerate(gap.since):
+            reason = "start" if since is None else gap.reason
+            self._emit_gap(partition, since, clock, reason, claims[-1].recv)
+        return True
+
+    def _append(self, item: Item, recv: int) -> None:
+        if item.head is None:
+            self._close(0)
+            self._emit(0, "bad", [(recv, 1)], item.data)
+            return
+        partition = partition_of(item.head.pair)
+        piece = self._open.get(partition)
+        if piece is not None and piece.bytes + len(item.data) + 1 > self._settings.max_bytes:
+            self._close(partition)
+            piece = None
+        if piece is None:
+            piece = self._open[partition] = _Slice(recv)
+        piece.parts.append(item.data)
+        piece.bytes += len(item.data) + 1
+        if piece.runs and piece.runs[-1][0] == recv:
+            piece.runs[-1][1] += 1
+        else:
+            piece.runs.append([recv, 1])
+        if len(piece.parts) >= self._settings.max_events:
+            self._close(partition)
+
+    # -- time --------------------------------------------------------------------------------------
+
+    def advance(self, now: int) -> None:
+        """Does what is due at `now`: closes lingering slices, lets held events go, ticks if idle."""
+        self._now = now
+        if self._held:
+            self._release(now)
+        for partition in [p for p, s in self._open.items() if now - s.opened >= self._settings.linger_ns]:
+            self._close(partition)
+        if self._alive(now):
+            idle = self.clock.idle(now)
+            if idle is not None:
+                self._move(idle, now)
+
+    def deadline(self) -> int | None:
+        """The receive time at which `advance` next has something to do, if nothing comes before."""
+        due = [s.opened + self._settings.linger_ns for s in self._open.values()]
+        if self._settles_at is not None and self._settles_at > self._now:
+            due.append(self._settles_at)
+        for _, claim in self._held:
+            if claim.recv + HOLD_NS > self._now:
+                due.append(claim.recv + HOLD_NS)
+                break
+        if self._connected and not self._held and self._gap is None and self.clock.now is not None:
+            at = self.clock.idle_reaches((self.clock.now // NS_PER_S + 1) * NS_PER_S)
+            if at is not None and self._alive(at):
+                due.append(at)
+        return min(due, default=None)
+
+    def _alive(self, now: int) -> bool:
+        newest = max(self._heard.values(), default=None)
+        return (
+            self._connected
+            and not self._held
+            and self._gap is None
+            and newest is not None
+            and now - newest <= self._settings.usual_ns
+        )
+
+    def _move(self, to: int, now: int) -> None:
+        """Moves the clock; at a new whole second closes every slice and ticks, before what moved it."""
+        second = to // NS_PER_S * NS_PER_S
+        if self.clock.now is None or second > self.clock.now:
+            for partition in list(self._open):
+                self._close(partition)
+            self.clock.now = second
+            usual = self._settings.usual_ns
+            fresh = sorted(stream for stream, at in self._heard.items() if now - at <= usual)
+            value = msgspec.json.encode(TickValue(fresh))
+            for partition in range(PARTITIONS):
+                self._emit(partition, "tick", [(now, 1)], value)
+        self.clock.now = to
+
+    # -- records -----------------------------------------------------------------------------------
+
+    def _close(self, partition: int) -> None:
+        piece = self._open.pop(partition, None)
+        if piece is not None:
+            runs = [(recv, count) for recv, count in piece.runs]
+            self._emit(partition, "slice", runs, b"[" + b",".join(piece.parts) + b"]")
+
+    def _emit_gap(self, partition: int, since: int | None, to: int | None, reason: str, now: int) -> None:
+        value = GapValue(since, to, self._streams, self._pairs, reason)
+        self._emit(partition, "gap", [(now, 1)], msgspec.json.encode(value))
+
+    def _emit(self, partition: int, kind: str, recv: Runs, value: bytes) -> None:
+        assert self.clock.now is not None
+        number = self._numbers[partition]
+        record = RawRecord(partition, self.clock.now // NS_PER_MS, kind, self.epoch, number, recv, value)
+        self._numbers[partition] = number + record.events
+        self._out.append(record)
+
+    def stop(self, now: int) -> None:
+        """An orderly end: everything held goes out, and a `stop` gap opens that the next start closes.
+        Without a clock there was never an event, and nothing is written."""
+        self.flush(now)
+        if self.clock.now is not None:
+            for partition in range(PARTITIONS):
+                self._emit_gap(partition, self._proven, None, "stop", now)
+
+    def flush(self, now: int) -> None:
+        """Everything held or lingering goes out now, as after the longest wait."""
+        if self._held:
+            self._release(max(now, *(claim.recv + HOLD_NS for _, claim in self._held)), final=True)
+        for partition in list(self._open):
+            self._close(partition)

@@ -1,0 +1,1 @@
+"""What travels between the parts: Polygon's messages, our events, raw records, topics, tables."""

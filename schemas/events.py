@@ -1,0 +1,181 @@
+"""Our events: typed, immutable, one name for each thing in topics, tables and DataFrames.
+
+Times are integer nanoseconds since the epoch, UTC. Decimals are JSON numbers in plain notation, exact.
+(epoch, partition, n) is the identity of the raw event that an event was made from.
+"""
+
+from decimal import Decimal
+from typing import Any, Literal
+
+import msgspec
+
+from schemas.numbers import plain_json
+
+Side = Literal["buy", "sell", "unknown"]
+NS_PER_MS = 1_000_000
+NS_PER_S = 1_000_000_000
+MINUTE_NS = 60 * NS_PER_S
+
+
+class Trade(msgspec.Struct, frozen=True):
+    """One trade. Key: (symbol, exchange, trade_id). `flags`: `late` (its minute was closed, the bar is
+    revised) or `too_late` (past the lateness horizon, no bar has it)."""
+
+    symbol: str
+    ts_event: int
+    ts_recv: int
+    ts_vendor: int | None
+    price: Decimal
+    size: Decimal
+    side: Side
+    exchange: int
+    trade_id: str
+    conditions: list[int]
+    flags: list[str]
+    epoch: int
+    partition: int
+    n: int
+
+
+class Quote(msgspec.Struct, frozen=True):
+    """Best bid and ask. Key: its identity, for equal quotes in one millisecond are all real."""
+
+    symbol: str
+    ts_event: int
+    ts_recv: int
+    bid_price: Decimal
+    bid_size: Decimal | None
+    ask_price: Decimal
+    ask_size: Decimal | None
+    exchange: int | None
+    epoch: int
+    partition: int
+    n: int
+
+
+class VendorBar(msgspec.Struct, frozen=True):
+    """The vendor's own aggregate of [start, end), each message of it: the last one wins."""
+
+    symbol: str
+    interval: str
+    start: int
+    end: int
+    ts_recv: int
+    open: Decimal
+    high: Decimal
+    low: Decimal
+    close: Decimal
+    volume: Decimal
+    vwap: Decimal | None
+    epoch: int
+    partition: int
+    n: int
+
+
+class Bar(msgspec.Struct, frozen=True, tag_field="kind", tag="bar"):
+    """OHLCV of [start, end) from trades; the highest (repair, revision) is the one to keep.
+
+    `flags`: `partial` (trades may be missing: the recording began, broke or ended inside), `gap` (a marked
+    gap lies in it), `late` (late trades were folded in), `repaired`. `missing_ns` is how much of the bar
+    marked gaps cover and quality = 1 - missing_ns / (end - start), to four digits.
+    """
+
+    symbol: str
+    interval: str
+    start: int
+    end: int
+    open: Decimal
+    high: Decimal
+    low: Decimal
+    close: Decimal
+    volume: Decimal
+    vwap: Decimal
+    trade_count: int
+    buy_volume: Decimal
+    sell_volume: Decimal
+    status: Literal["forming", "final"]
+    repair: int
+    revision: int
+    flags: list[str]
+    missing_ns: int
+    quality: Decimal
+    source: Literal["trades", "aggregates"]
+    fingerprint: str
+
+
+class MinuteClosed(msgspec.Struct, frozen=True, tag_field="kind", tag="minute_closed"):
+    """In band with the bars of a partition: every minute that ends at or before `end` is closed there."""
+
+    partition: int
+    end: int
+    fingerprint: str
+
+
+class Gap(msgspec.Struct, frozen=True):
+    """A stretch of feed time, both ends included, in which events may have been missed.
+
+    `from` is null for the time before the recording began; `pairs` may be `["*"]`. `reason`: start, away,
+    stop, reconnect, hole (the producer's own sends failed and it never came back to them).
+    """
+
+    from_: int | None = msgspec.field(name="from")
+    to: int
+    streams: list[str]
+    pairs: list[str]
+    reason: str
+    epoch: int
+    partition: int
+    n: int
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    """Bytes that could not be normalised, whole. `encoding` says how they stand in `payload`."""
+
+    reason: str
+    ts_recv: int
+    encoding: Literal["utf-8", "base64"]
+    payload: str
+    epoch: int
+    partition: int
+    n: int
+
+
+class Quarantined(msgspec.Struct, frozen=True):
+    """An event from too far in the future to be believed: `ahead_ns` past the last tick."""
+
+    symbol: str
+    ts_event: int
+    ts_recv: int
+    ahead_ns: int
+    encoding: Literal["utf-8", "base64"]
+    payload: str
+    epoch: int
+    partition: int
+    n: int
+
+
+_encode = msgspec.json.Encoder(decimal_format="number").encode
+
+
+def encode(event: msgspec.Struct) -> bytes:
+    """The one JSON form of an event; decimals must be canonical."""
+    return _encode(event)
+
+
+def encode_plain(event: msgspec.Struct) -> bytes:
+    """As `encode`, for events that may hold decimals below 1e-6."""
+    tiny: dict[str, Any] = {
+        name: plain_json(value)
+        for name, value in msgspec.structs.asdict(event).items()
+        if isinstance(value, Decimal) and value.adjusted() < -6
+    }
+    return _encode(msgspec.structs.replace(event, **tiny) if tiny else event)
+
+
+decode_trade = msgspec.json.Decoder(Trade).decode
+decode_quote = msgspec.json.Decoder(Quote).decode
+decode_vendor_bar = msgspec.json.Decoder(VendorBar).decode
+decode_bar = msgspec.json.Decoder(Bar | MinuteClosed).decode
+decode_gap = msgspec.json.Decoder(Gap).decode
+decode_dead_letter = msgspec.json.Decoder(DeadLetter).decode
+decode_quarantined = msgspec.json.Decoder(Quarantined).decode

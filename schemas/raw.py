@@ -1,0 +1,135 @@
+"""A record of the raw topic: what Polygon sent, byte for byte, and in band the time and what was missed.
+
+Kinds: `slice` (JSON array of the very bytes of each event), `tick` (the feed clock reached a new second),
+`gap` (a stretch that may have been missed, a tick as well), `bad` (bytes that are not JSON, whole).
+"""
+
+import base64
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import orjson
+
+Kind = Literal["slice", "tick", "gap", "bad"]
+Runs = list[tuple[int, int]]
+
+
+class RawRecord(NamedTuple):
+    """One raw record. `n` numbers its first event within (epoch, partition); `recv` holds runs of
+    (receive time in ns, number of events), one per frame; `timestamp_ms` is the feed clock."""
+
+    partition: int
+    timestamp_ms: int
+    kind: str
+    epoch: int
+    n: int
+    recv: Runs
+    value: bytes
+    src: str = "ws"
+
+    @property
+    def events(self) -> int:
+        """How many numbers the record uses up."""
+        return sum(count for _, count in self.recv)
+
+    def headers(self) -> list[tuple[str, bytes]]:
+        return [
+            ("kind", self.kind.encode()),
+            ("epoch", b"%d" % self.epoch),
+            ("n", b"%d" % self.n),
+            ("recv", orjson.dumps(self.recv)),
+            ("src", self.src.encode()),
+        ]
+
+
+class TickValue(msgspec.Struct, frozen=True):
+    """`fresh`: the streams that have delivered within their usual interval."""
+
+    fresh: list[str]
+
+
+class GapValue(msgspec.Struct, frozen=True):
+    """As events.Gap, but `to` is null while the gap is still open (reason `stop`)."""
+
+    from_: int | None = msgspec.field(name="from")
+    to: int | None
+    streams: list[str]
+    pairs: list[str]
+    reason: str
+
+
+class NotARawRecord(ValueError):
+    """Headers or value are not what the raw topic's contract says."""
+
+
+_decode_runs = msgspec.json.Decoder(Runs).decode
+decode_gap_value = msgspec.json.Decoder(GapValue).decode
+
+
+def from_kafka(
+    partition: int, timestamp_ms: int, headers: Iterable[tuple[str, bytes]], value: bytes | None
+) -> RawRecord:
+    """Reads a Kafka record back; raises NotARawRecord."""
+    found = dict(headers)
+    try:
+        return RawRecord(
+            partition,
+            timestamp_ms,
+            found["kind"].decode(),
+            int(found["epoch"]),
+            int(found["n"]),
+            _decode_runs(found["recv"]),
+            value or b"",
+            found["src"].decode(),
+        )
+    except (KeyError, ValueError) as error:
+        raise NotARawRecord(f"not a record of the raw topic: {error!r}") from error
+
+
+class LogLine(msgspec.Struct, frozen=True):
+    """A raw record as `tapedeck log` dumps it, one JSON object a line."""
+
+    partition: int
+    offset: int
+    timestamp: int
+    headers: list[tuple[str, str]]
+    value: str
+    encoding: Literal["utf-8", "base64"]
+
+
+def text_of(data: bytes) -> tuple[Literal["utf-8", "base64"], str]:
+    """(encoding, text) that carries any bytes in JSON."""
+    try:
+        return "utf-8", data.decode()
+    except UnicodeDecodeError:
+        return "base64", base64.b64encode(data).decode()
+
+
+def bytes_of(encoding: str, text: str) -> bytes:
+    """The inverse of `text_of`."""
+    return base64.b64decode(text) if encoding == "base64" else text.encode()
+
+
+def log_line(
+    partition: int, offset: int, timestamp_ms: int, headers: Iterable[tuple[str, bytes]], value: bytes | None
+) -> bytes:
+    """One line of a log file, newline included."""
+    encoding, text = text_of(value or b"")
+    named = [(name, data.decode("latin-1")) for name, data in headers]
+    return msgspec.json.encode(LogLine(partition, offset, timestamp_ms, named, text, encoding)) + b"\n"
+
+
+def read_log(lines: Iterable[bytes]) -> Iterator[tuple[LogLine, RawRecord]]:
+    """The raw records of a log file in its order; raises NotARawRecord with the line's number."""
+    decode: Any = msgspec.json.Decoder(LogLine).decode
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry: LogLine = decode(line)
+            headers = [(name, data.encode("latin-1")) for name, data in entry.headers]
+            value = bytes_of(entry.encoding, entry.value)
+            yield entry, from_kafka(entry.partition, entry.timestamp, headers, value)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise NotARawRecord(f"line {number}: {error}") from error

@@ -1,0 +1,105 @@
+"""Polygon's crypto WebSocket messages, as the wire has them (docs/protocol.md), not as the spec says.
+
+Times are integer milliseconds, numbers are exact decimals, unknown fields are ignored. `i` is an integer
+or a string; captured quotes have undocumented fields; sizes come in scientific notation.
+"""
+
+from decimal import Decimal
+
+import msgspec
+
+
+class XT(msgspec.Struct, tag_field="ev", tag="XT", frozen=True):
+    """A trade: price, size, exchange time, trade id, exchange, conditions, the vendor's receive time."""
+
+    pair: str
+    p: Decimal
+    s: Decimal
+    t: int
+    i: int | str
+    x: int
+    c: list[int] | None = None
+    r: int | None = None
+
+
+class XQ(msgspec.Struct, tag_field="ev", tag="XQ", frozen=True):
+    """A best bid and ask."""
+
+    pair: str
+    bp: Decimal
+    ap: Decimal
+    t: int
+    bs: Decimal | None = None
+    as_: Decimal | None = msgspec.field(default=None, name="as")
+    x: int | None = None
+    r: int | None = None
+
+
+class XA(msgspec.Struct, tag_field="ev", tag="XA", frozen=True):
+    """The vendor's minute aggregate for [s, e); sent again with other values when it is revised."""
+
+    pair: str
+    o: Decimal
+    h: Decimal
+    l: Decimal  # noqa: E741 - the vendor's name
+    c: Decimal
+    v: Decimal
+    s: int
+    e: int
+    vw: Decimal | None = None
+    z: Decimal | None = None
+
+
+class XAS(XA, tag_field="ev", tag="XAS", frozen=True):
+    """The same for a second."""
+
+
+Message = XT | XQ | XA | XAS
+STREAMS = ("XT", "XQ", "XA", "XAS")
+
+
+class Head(msgspec.Struct, frozen=True):
+    """The fields of any message that routing and the feed clock need; `s` is a time in XA, a size in XT."""
+
+    ev: str
+    pair: str = ""
+    t: int | None = None
+    s: int | float | None = None
+    x: int | None = None
+    status: str | None = None
+    message: str | None = None
+
+    @property
+    def time_ms(self) -> int | None:
+        """Event time in ms, or None where the message carries none that could be true."""
+        time = self.s if self.ev in ("XA", "XAS") else self.t
+        return time if isinstance(time, int) and EARLIEST_MS <= time < LATEST_MS else None
+
+
+# A time outside these bounds is not a time in milliseconds: before Bitcoin, or past the year 2200.
+EARLIEST_MS = 1_230_768_000_000
+LATEST_MS = 7_258_118_400_000
+
+decode_slice = msgspec.json.Decoder(list[Message]).decode
+decode_message = msgspec.json.Decoder(Message).decode
+split_array = msgspec.json.Decoder(list[msgspec.Raw]).decode
+decode_heads = msgspec.json.Decoder(list[Head]).decode
+decode_head = msgspec.json.Decoder(Head).decode
+
+#: What the decoders raise: wrong JSON or shape, text that is not UTF-8, nesting bombs.
+DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+def symbol_of(pair: str) -> str:
+    """`BTC-USD` for `BTC-USD`, `X:BTC-USD`, `X:BTCUSD`, `BTCUSD`; raises ValueError for anything else.
+
+    Without a hyphen the last three letters are the quote currency: never longer, for `BTCTUSD` or
+    `XUSDT` cannot be told apart by looking (docs/protocol.md).
+    """
+    name = pair.removeprefix("X:")
+    base, hyphen, quote = name.partition("-")
+    if not hyphen:
+        base, quote = name[:-3], name[-3:]
+    if not (base.isascii() and base.isalnum() and quote.isascii() and quote.isalnum()):
+        raise ValueError(f"{pair!r} is not a currency pair like BTC-USD")
+    return f"{base}-{quote}".upper()

@@ -1,0 +1,5 @@
+"""`python -m tapedeck`."""
+
+from tapedeck.cli import main
+
+main()

@@ -1,0 +1,298 @@
+"""The command line. Every part is imported only by the command that needs it, so that --help is instant."""
+
+import asyncio
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from tapedeck.settings import Settings
+
+Existing = click.Path(exists=True, dir_okay=False, path_type=Path)
+Writable = click.Path(dir_okay=False, writable=True, path_type=Path)
+Folder = click.Path(file_okay=False, path_type=Path)
+
+
+class Speed(click.ParamType):
+    """A factor above 0, or `max`."""
+
+    name = "X|max"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if value == "max":
+            return math.inf
+        try:
+            speed = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor max", param, ctx)
+        if not 0 < speed < math.inf:
+            self.fail("it must be above 0", param, ctx)
+        return speed
+
+
+class Symbols(click.ParamType):
+    """Pairs, comma separated."""
+
+    name = "BTC-USD,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        from schemas.wire import symbol_of
+
+        try:
+            symbols = [s if s == "*" else symbol_of(s) for s in (part.strip() for part in value.split(",")) if s]
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if not symbols:
+            self.fail("name at least one pair, like BTC-USD", param, ctx)
+        return symbols
+
+
+def main() -> NoReturn:
+    """The entry point: expected errors are one line on standard error, with exit code 1 or 2."""
+    from tapedeck.errors import TapedeckError
+
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.exceptions.Abort:
+        code = 130
+    except TapedeckError as error:
+        click.echo(f"tapedeck: {error}", err=True)
+        code = error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        click.echo(f"tapedeck: {error}", err=True)
+        code = 1
+    sys.exit(code or 0)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="tapedeck")
+def cli() -> None:
+    """Record the crypto tape and play it back exactly.
+
+    \b
+    See it run, with nothing set up:   tapedeck demo
+    One process each, on your own Kafka and PostgreSQL:
+      eval "$(tapedeck local start)"   (or set KAFKA_BOOTSTRAP_SERVERS and DATABASE_URL)
+      tapedeck produce & tapedeck process & tapedeck sink all &
+
+    Settings come from environment variables or the file tapedeck.env: see docs/settings.md.
+    Exit codes: 0 success, 1 failure, 2 wrong use or configuration.
+    """
+
+
+def _settings(**overrides: Any) -> "Settings":
+    from tapedeck.settings import load
+
+    return load(**overrides)
+
+
+# -- services -------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--record", type=Writable, help="Also append every frame, as received, to this frames file.")
+def produce(record: Path | None) -> int:
+    """Take the vendor's feed onto the raw topic.
+
+    Needs POLYGON_API_KEY and Kafka. SYMBOLS and STREAMS say what to record, POLYGON_WS_URL where from.
+    SIGTERM or Ctrl+C: everything received is published, then it ends.
+    """
+    from producers import service
+    from tapedeck.shell import run_service
+
+    return run_service(_settings(), "produce", lambda shell: service.run(shell, record))
+
+
+@cli.command()
+def process() -> int:
+    """Turn the raw topic into trades, quotes, bars, gaps and dead letters, with Faust.
+
+    Start as many as there is work for: partitions spread over them, and any may be killed at any time.
+    """
+    from processors import service
+    from tapedeck.shell import run_service
+
+    return run_service(_settings(), "process", service.run)
+
+
+@cli.command()
+@click.argument("name", type=click.Choice(["trades", "quotes", "bars", "all"]), metavar="trades|quotes|bars|all")
+def sink(name: str) -> int:
+    """Write topics into PostgreSQL, each event exactly once.
+
+    The tables are made, or migrated, at the start. `bars` writes our bars and the vendor's.
+    """
+    from sinks import service
+    from tapedeck.shell import run_service
+
+    return run_service(_settings(), f"sink {name}", lambda shell: service.run(shell, name))
+
+
+@cli.command()
+@click.option("--port", type=click.IntRange(0, 65535), required=True, help="Port to listen on; 0: a free one.")
+@click.option("--frames", type=Existing, help="Play this frames file instead of a synthetic market.")
+@click.option("--speed", type=Speed(), default="1", show_default=True, help="Times real time, or max.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the synthetic market.")
+@click.option("--symbols", type=Symbols(), help="Pairs of the synthetic market.")
+@click.option("--record", type=Writable, help="Append what is sent to this frames file, before sending it.")
+@click.option("--start-ns", type=int, help="Market time to begin at, ns since the epoch; default: 24 h ago.")
+@click.option("--seconds", type=float, help="Stop sending this long after the first subscription.")
+@click.option("--keys", help="Accept only these API keys, comma separated; default: any.")
+def simulate(
+    port: int,
+    frames: Path | None,
+    speed: float,
+    seed: int,
+    symbols: list[str] | None,
+    record: Path | None,
+    start_ns: int | None,
+    seconds: float | None,
+    keys: str | None,
+) -> int:
+    """A server that speaks the vendor's WebSocket protocol at ws://127.0.0.1:PORT/crypto.
+
+    The market's time begins with the first subscription.
+    """
+    from simulator.config import DEFAULT_SYMBOLS, SimulatorConfig
+    from simulator.server import serve
+    from tapedeck.errors import TapedeckError, UsageError
+    from tapedeck.shell import Shell, log, run_service
+
+    try:
+        config = SimulatorConfig(
+            port=port,
+            frames=frames,
+            speed=speed,
+            seed=seed,
+            symbols=tuple(symbols or DEFAULT_SYMBOLS),
+            record=record,
+            start_ns=start_ns,
+            seconds=seconds,
+            keys=frozenset(filter(None, (keys or "").split(","))),
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+    async def run(shell: Shell) -> None:
+        try:
+            await serve(
+                config, shell.stopping, lambda bound: log.info("feed", url=f"ws://127.0.0.1:{bound}/crypto")
+            )
+        except (OSError, ValueError) as error:
+            raise TapedeckError(f"the simulated feed ends: {error}") from error
+
+    return run_service(_settings(), "simulate", run)
+
+
+# -- everything on this machine -------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("action", type=click.Choice(["start", "stop", "status"]), metavar="start|stop|status")
+@click.option("--data-dir", type=Folder, default=Path(".tapedeck"), show_default=True, help="Where the data live.")
+def local(action: str, data_dir: Path) -> int:
+    """The embedded Kafka and PostgreSQL: no Docker, no Java, no root.
+
+    `start` and `status` print on standard output how to reach them, as environment variables to paste;
+    `status` exits with 1 when either is down.
+    """
+    from tapedeck import embedded
+
+    if action == "stop":
+        embedded.stop(data_dir)
+        return 0
+    states = embedded.start(data_dir) if action == "start" else embedded.status(data_dir)
+    for state in states:
+        if state.pid is None:
+            click.echo(f"{state.name} is not running", err=True)
+            continue
+        click.echo(f"{state.name} runs as process {state.pid}, log {state.log}", err=True)
+        for name, value in state.addresses.items():
+            click.echo(f"export {name}={value}")
+    return 0 if all(state.pid for state in states) else 1
+
+
+@cli.command()
+@click.option("--seconds", type=click.FloatRange(1), help="End by itself after this long; default: at Ctrl+C.")
+@click.option("--symbols", type=Symbols(), help="Pairs to trade; with --frames: those in the file.")
+@click.option("--frames", type=Existing, help="Play this frames file and end after it.")
+@click.option("--speed", type=Speed(), default="10", show_default=True, help="Times real time, or max.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the synthetic market.")
+@click.option("--data-dir", type=Folder, help="Keep the data here; default: a temporary folder.")
+@click.option("--live", is_flag=True, help="The vendor's feed instead of the simulator; needs POLYGON_API_KEY.")
+@click.option("--json", "as_json", is_flag=True, help="The last line of standard output is the result as JSON.")
+def demo(**options: Any) -> int:
+    """The whole line on this machine: feed, Kafka, Faust, PostgreSQL, and a live table.
+
+    At the end every event that the feed sent is accounted for and every final bar recomputed; it exits
+    with 0 only if nothing is left over.
+    """
+    from tapedeck.demo import DemoOptions, run
+
+    return run(_settings(symbols=options["symbols"]), DemoOptions(**options))
+
+
+# -- the log without the line ---------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--out", type=Folder, required=True, help="Folder for one NDJSON file per output topic.")
+@click.option("--frames", type=Existing, help="Frames file: raw records are made of it first.")
+@click.option("--log", "log_file", type=Existing, help="Raw records as `tapedeck log` dumped them.")
+@click.option("--close", is_flag=True, help="Finalise what is still open at the end, flagged partial.")
+def compute(out: Path, frames: Path | None, log_file: Path | None, close: bool) -> int:
+    """The pure pipeline with no Kafka: exactly what the topics would carry.
+
+    Writes trades.ndjson, quotes.ndjson, bars.1m.ndjson, bars.vendor.ndjson and the other outputs.
+    """
+    from processors.compute import compute as compute_files
+    from processors.settings import PipelineSettings
+    from producers.offline import records_of
+    from producers.slicer import SlicerSettings
+    from schemas.frames import NotAFramesFile, open_lines, read_frames
+    from schemas.raw import NotARawRecord, read_log
+    from tapedeck.errors import UsageError
+
+    if (frames is None) == (log_file is None):
+        raise click.UsageError("give either --frames or --log")
+    settings = _settings()
+    pipeline = PipelineSettings(settings.lateness_ns, settings.grace_ns)
+    try:
+        if frames is not None:
+            slicer = SlicerSettings(linger_ns=settings.linger_ns, usual_ns=settings.usual_ns)
+            made = records_of(read_frames(frames), slicer, list(settings.streams), ["*"])
+            counts = compute_files(((record.n, record) for record in made), out, pipeline, close)
+        else:
+            assert log_file is not None
+            with open_lines(log_file) as lines:
+                read = ((line.offset, record) for line, record in read_log(lines))
+                counts = compute_files(read, out, pipeline, close)
+    except (NotAFramesFile, NotARawRecord, EOFError) as error:
+        raise UsageError(str(error)) from error
+    for name, count in counts.items():
+        click.echo(f"{count:>10,}  {out / name}", err=True)
+    return 0
+
+
+@cli.command()
+@click.option("--out", type=Writable, required=True, help="File to write, one JSON object a record.")
+def log(out: Path) -> int:
+    """Dump the raw topic from Kafka to a file: value, headers, partition, offset, timestamp."""
+    from tapedeck import logs
+    from tapedeck.dump import dump
+
+    settings = _settings()
+    logs.configure(settings, "log")
+    count = asyncio.run(dump(settings, out))
+    click.echo(f"{count:,} records in {out}", err=True)
+    return 0

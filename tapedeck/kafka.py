@@ -1,0 +1,211 @@
+"""Kafka as every part uses it: connecting with patience, topics from the registry, publishing in order."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import structlog
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    stop_after_delay,
+    wait_exponential,
+)
+
+from schemas import topics
+from tapedeck.errors import TapedeckError, UsageError
+from tapedeck.settings import Settings
+
+log = structlog.get_logger()
+
+BATCH_BYTES = 256 * 1024
+
+
+class Message(NamedTuple):
+    """A record to publish. `topic` is the full name, prefix included; times in ms."""
+
+    topic: str
+    partition: int
+    key: bytes | None
+    value: bytes
+    timestamp_ms: int
+    headers: list[tuple[str, bytes]]
+
+
+def passing(error: BaseException) -> bool:
+    """Whether an error of Kafka may go away by itself."""
+    return error.retriable if isinstance(error, KafkaError) else isinstance(error, OSError)
+
+
+def retrying(settings: Settings, what: str, passing: Callable[[BaseException], bool]) -> AsyncRetrying:
+    """Attempts with exponential backoff until `connect_timeout_s` has passed, each failure logged."""
+
+    def say(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        log.warning(f"{what} cannot be reached, trying again", attempt=state.attempt_number, error=str(error))
+
+    return AsyncRetrying(
+        retry=retry_if_exception(passing),
+        wait=wait_exponential(multiplier=0.25, max=5),
+        stop=stop_after_delay(settings.connect_timeout_s),
+        before_sleep=say,
+        reraise=True,
+    )
+
+
+async def prepare(settings: Settings) -> None:
+    """Waits for Kafka and creates the topics of the registry that are missing.
+
+    Raises UsageError when a topic has another number of partitions than the registry, TapedeckError when
+    Kafka cannot be reached in time.
+    """
+    try:
+        async for attempt in retrying(settings, "Kafka", passing):
+            with attempt:
+                await _ensure_topics(settings)
+    except (KafkaError, OSError) as error:
+        raise TapedeckError(
+            f"Kafka at {settings.kafka_bootstrap_servers} cannot be reached "
+            f"after {settings.connect_timeout_s:g} s (KAFKA_BOOTSTRAP_SERVERS): {error}"
+        ) from error
+
+
+async def _ensure_topics(settings: Settings) -> None:
+    admin = AIOKafkaAdminClient(**settings.kafka_options())
+    await admin.start()
+    try:
+        wanted = {settings.topic_prefix + topic.name: topic for topic in topics.ALL}
+        missing = wanted.keys() - set(await admin.list_topics())
+        if missing:
+            copies = settings.kafka_replication_factor
+            if copies is None:
+                copies = min(3, len((await admin.describe_cluster())["brokers"]))
+            new = [
+                NewTopic(name, topics.PARTITIONS, copies, topic_configs=wanted[name].config())
+                for name in sorted(missing)
+            ]
+            response = await admin.create_topics(new)
+            for name, code, *rest in response.topic_errors:
+                error = for_code(code)
+                if code and error is not TopicAlreadyExistsError:
+                    raise UsageError(f"Kafka refused to create topic {name}: {error.__name__} {rest[0] or ''}")
+        for found in await admin.describe_topics(sorted(wanted)):
+            if found["error_code"]:
+                raise for_code(found["error_code"])(found["topic"])
+            count = len(found["partitions"])
+            if count != topics.PARTITIONS:
+                raise UsageError(
+                    f"topic {found['topic']} has {count} partitions and the registry says {topics.PARTITIONS}: "
+                    "identities would change. Use another TOPIC_PREFIX, or fill a new topic version by replay."
+                )
+        await _warn_of_retention(admin, wanted)
+    finally:
+        await admin.close()
+
+
+async def _warn_of_retention(admin: AIOKafkaAdminClient, wanted: dict[str, topics.Topic]) -> None:
+    """Topics that delete by age lose recordings and replays, whose times are old, within minutes."""
+    resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in sorted(wanted)]
+    for response in await admin.describe_configs(resources):
+        for _, _, _, name, entries in response.resources:
+            settings = {entry[0]: entry[1] for entry in entries}
+            if settings.get("retention.ms", "-1") != "-1":
+                log.warning("topic deletes by age, old-dated records will vanish", topic=name)
+
+
+async def consumer(settings: Settings, *partitions: TopicPartition, group: str | None = None) -> AIOKafkaConsumer:
+    """A started consumer of just these partitions, from their beginning until it is told to seek."""
+    reader = AIOKafkaConsumer(
+        **settings.kafka_options(),
+        group_id=group,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        max_partition_fetch_bytes=topics.MAX_RECORD_BYTES,
+        fetch_max_wait_ms=50,
+    )
+    await reader.start()
+    reader.assign(list(partitions))
+    return reader
+
+
+class Publisher:
+    """Publishes lists of records, in order within each partition, with one list in flight at a time.
+
+    Idempotent, acks=all, lz4. `publish` returns when all are acknowledged and raises KafkaError when any
+    is not; then the order of what went out is not known and the caller starts again from its own mark.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._producer: AIOKafkaProducer | None = None
+
+    async def start(self) -> None:
+        """Raises KafkaError."""
+        producer = AIOKafkaProducer(
+            **self._settings.kafka_options(),
+            acks="all",
+            enable_idempotence=True,
+            compression_type="lz4",
+            max_batch_size=BATCH_BYTES,
+            max_request_size=topics.MAX_RECORD_BYTES + BATCH_BYTES,
+            request_timeout_ms=15_000,
+            metadata_max_age_ms=30_000,
+        )
+        try:
+            await producer.start()
+        except BaseException:
+            await producer.stop()
+            raise
+        self._producer = producer
+
+    @property
+    def started(self) -> bool:
+        return self._producer is not None
+
+    async def restart(self) -> None:
+        """A new client: one whose send failed may still send what came after it. Raises KafkaError."""
+        await self.stop()
+        await self.start()
+
+    async def stop(self) -> None:
+        if self._producer is not None:
+            producer, self._producer = self._producer, None
+            await producer.stop()
+
+    async def publish(self, messages: Iterable[Message]) -> None:
+        producer = self._producer
+        assert producer is not None, "start() comes first"
+        by_partition: dict[tuple[str, int], list[Message]] = {}
+        for message in messages:
+            by_partition.setdefault((message.topic, message.partition), []).append(message)
+        results = await asyncio.gather(
+            *(self._send(producer, *place, batch) for place, batch in by_partition.items()),
+            return_exceptions=True,
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    @staticmethod
+    async def _send(producer: AIOKafkaProducer, topic: str, partition: int, messages: list[Message]) -> None:
+        """One batch after the other, so that a later one can never overtake a failed one."""
+        builder = producer.create_batch()
+        for message in messages:
+            while (
+                builder.append(
+                    timestamp=message.timestamp_ms,
+                    key=message.key,
+                    value=message.value,
+                    headers=message.headers,
+                )
+                is None
+            ):
+                await (await producer.send_batch(builder, topic, partition=partition))
+                builder = producer.create_batch()
+        builder.close()
+        await (await producer.send_batch(builder, topic, partition=partition))
