@@ -19,6 +19,7 @@ from aiokafka.errors import KafkaError
 from processors.pipeline import Output, Pipeline
 from processors.rebuild import rebuild
 from processors.settings import PipelineSettings
+from processors.transport import PromptTransport
 from schemas import topics
 from schemas.events import NS_PER_S
 from schemas.raw import NotARawRecord, RawRecord, from_kafka
@@ -30,6 +31,7 @@ from tapedeck.shell import Shell
 log = structlog.get_logger()
 
 PENDING_OUTPUTS = 20_000  # outputs not yet acknowledged, past which reading waits
+LINGER_S = 0.004  # rounds of a few records cost as much as rounds of a thousand
 WAITING_RECORDS = 10_000  # records of a partition that is being rebuilt, past which reading waits
 
 
@@ -163,6 +165,7 @@ class Processor:
         try:
             while True:
                 await self._filled.wait()
+                await asyncio.sleep(LINGER_S)
                 self._filled.clear()
                 outputs, self._outputs = self._outputs, []
                 vouching, self._vouching = self._vouching, []
@@ -196,7 +199,7 @@ def faust_app(settings: Settings) -> faust.App:
         )
     elif protocol == "SSL":
         credentials = faust.SSLCredentials(settings.ssl_context())
-    return faust.App(
+    app = faust.App(
         settings.topic_prefix + "tapedeck-processor",
         broker=[f"kafka://{server.strip()}" for server in settings.kafka_bootstrap_servers.split(",")],
         broker_credentials=credentials,
@@ -212,6 +215,8 @@ def faust_app(settings: Settings) -> faust.App:
         stream_buffer_maxsize=64,
         stream_wait_empty=False,
     )
+    app.transport = PromptTransport(app.conf.broker_consumer, app)
+    return app
 
 
 async def run(shell: Shell) -> None:

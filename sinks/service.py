@@ -56,7 +56,7 @@ class Sink:
             auto_offset_reset="none",
             session_timeout_ms=10_000,
             heartbeat_interval_ms=2_000,
-            fetch_max_wait_ms=100,
+            fetch_max_wait_ms=50,
             max_partition_fetch_bytes=max(self._table.topic.max_message_bytes, 1024**2),
         )
         await consumer.start()

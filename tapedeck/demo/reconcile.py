@@ -1,0 +1,282 @@
+"""The accounting: what the feed says it sent against what the tables hold. Pure, and independent.
+
+Nothing of the pipeline is used: bars are recomputed here from the feed's own record. Each copy of an event
+that was sent falls in the first term that fits: stored, duplicate, quarantined, dead-lettered, inside a
+marked gap (by the feed clock when it was sent). What fits nowhere is left over.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from decimal import ROUND_HALF_EVEN, Context, Decimal
+from typing import Any
+
+import msgspec
+from aiokafka.partitioner import murmur2
+
+from schemas import wire
+from schemas.events import MINUTE_NS, NS_PER_MS, Gap
+from schemas.topics import PARTITIONS
+
+STREAMS = ("XT", "XQ", "XA")
+_SUM = Context(prec=150)
+_VWAP = Context(prec=12, rounding=ROUND_HALF_EVEN)
+
+
+class SentLine(msgspec.Struct):
+    """A line of the feed's record: a frame, and market time when it was sent."""
+
+    frame: msgspec.Raw = msgspec.Raw()
+    clock_ns: int = 0
+
+
+@dataclass
+class Tables:
+    """Rows as fetched: trades by (symbol, exchange, trade_id, ts_event), the rest by content or key."""
+
+    trades: Mapping[tuple[str, int, str, int], tuple[Decimal, Decimal, str, bool]]
+    quotes: Counter[tuple[Any, ...]]
+    vendor_bars: Counter[tuple[Any, ...]]
+    bars: Mapping[tuple[str, int], tuple[Any, ...]]
+
+
+@dataclass
+class Report:
+    """The terms by stream, and the bars. `ok` is the demo's verdict."""
+
+    sent: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(STREAMS, 0)))
+    stored: Counter[str] = field(default_factory=Counter)
+    duplicates: Counter[str] = field(default_factory=Counter)
+    quarantined: Counter[str] = field(default_factory=Counter)
+    deadletters: Counter[str] = field(default_factory=Counter)
+    in_gaps: Counter[str] = field(default_factory=Counter)
+    left_over: Counter[str] = field(default_factory=Counter)
+    extra: Counter[str] = field(default_factory=Counter)
+    bars_checked: int = 0
+    bars_wrong: int = 0
+    bars_missing: int = 0
+    bars_extra: int = 0
+    unchecked_symbols: list[str] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
+
+    def complaints(self, streams: Iterable[str]) -> list[str]:
+        """Why it is not in order; empty when it is."""
+        found = []
+        if self.left_over.total():
+            found.append(f"{self.left_over.total()} events that were sent are nowhere")
+        if self.extra.total():
+            found.append(f"{self.extra.total()} rows were never sent")
+        if self.bars_wrong or self.bars_missing or self.bars_extra:
+            found.append(f"bars: {self.bars_wrong} wrong, {self.bars_missing} missing, {self.bars_extra} extra")
+        if silent := [stream for stream in streams if not self.sent[stream]]:
+            found.append(f"nothing was sent on {', '.join(silent)}")
+        if self.unchecked_symbols:
+            found.append(f"no final bar to check for {', '.join(self.unchecked_symbols)}: let it run longer")
+        elif not self.bars_checked:
+            found.append("no bar could be checked")
+        return found + self.examples[:5]
+
+
+@dataclass
+class _Bar:
+    first: tuple[int, int]
+    last: tuple[int, int]
+    open: Decimal
+    high: Decimal
+    low: Decimal
+    close: Decimal
+    volume: Decimal = Decimal(0)
+    notional: Decimal = Decimal(0)
+    count: int = 0
+    buy: Decimal = Decimal(0)
+    sell: Decimal = Decimal(0)
+
+    def add(self, at: tuple[int, int], price: Decimal, size: Decimal, side: str) -> None:
+        if at < self.first:
+            self.first, self.open = at, price
+        if at >= self.last:
+            self.last, self.close = at, price
+        self.high, self.low = max(self.high, price), min(self.low, price)
+        self.volume = _SUM.add(self.volume, size)
+        self.notional = _SUM.add(self.notional, _SUM.multiply(price, size))
+        self.count += 1
+        if side == "buy":
+            self.buy = _SUM.add(self.buy, size)
+        if side == "sell":
+            self.sell = _SUM.add(self.sell, size)
+
+    def values(self) -> tuple[Any, ...]:
+        vwap = _VWAP.divide(self.notional, self.volume)
+        return (
+            self.open,
+            self.high,
+            self.low,
+            self.close,
+            self.volume,
+            vwap,
+            self.count,
+            self.buy,
+            self.sell,
+        )
+
+
+class Reconciler:
+    """Takes the feed's record line by line, then gives the report."""
+
+    def __init__(
+        self,
+        tables: Tables,
+        gaps: Iterable[Gap],
+        dead: Iterable[bytes],
+        quarantined: Iterable[bytes],
+        closed_ns: int,
+    ) -> None:
+        """`closed_ns`: minutes that end at or before it should be final by now."""
+        self._tables = tables
+        self._gaps = list(gaps)
+        self._dead = Counter(dead)
+        self._quarantined = Counter(quarantined)
+        self._closed_ns = closed_ns
+        self._clock = 0
+        self._used: set[tuple[str, int, str, int]] = set()
+        self._known = {key[:3] for key in tables.trades}
+        self._quotes, self._vendor_bars = tables.quotes.copy(), tables.vendor_bars.copy()
+        self._bars: dict[tuple[str, int], _Bar] = {}
+        self._symbols: set[str] = set()
+        self._place = 0
+        self._report = Report()
+
+    def line(self, text: bytes) -> None:
+        """One line of the feed's record."""
+        line = _decode_line(text)
+        try:
+            parts = wire.split_array(line.frame)
+        except wire.DECODE_ERRORS:
+            self._unparsed("bad", bytes(line.frame))
+            return
+        try:
+            messages: list[Any] = wire.decode_slice(line.frame)
+        except wire.DECODE_ERRORS:
+            messages = [_message(part) for part in parts]
+        for message in messages:
+            time_ms = message.s if isinstance(message, wire.XA) else getattr(message, "t", 0)
+            if time_ms >= wire.EARLIEST_MS and time_ms * NS_PER_MS <= line.clock_ns:
+                self._clock = max(self._clock, time_ms * NS_PER_MS)
+        for message, part in zip(messages, parts, strict=True):
+            self._copy(message, part, line.clock_ns)
+
+    def _copy(self, message: Any, part: msgspec.Raw, sent_ns: int) -> None:
+        if isinstance(message, str):
+            self._unparsed(message, bytes(part))
+            return
+        stream = "XA" if isinstance(message, wire.XA) else type(message).__name__
+        self._report.sent[stream] += 1
+        self._place += 1
+        try:
+            symbol = wire.symbol_of(message.pair)
+        except ValueError:
+            symbol = ""
+        if isinstance(message, wire.XT):
+            self._symbols.add(symbol)
+            found = self._trade(message, symbol)
+        elif isinstance(message, wire.XQ):
+            found = self._content(self._quotes, quote_content(message, symbol))
+        else:
+            found = self._content(self._vendor_bars, vendor_content(message, symbol))
+        if not found:
+            self._elsewhere(stream, bytes(part), message.pair, sent_ns)
+        else:
+            getattr(self._report, found)[stream] += 1
+
+    def _trade(self, message: wire.XT, symbol: str) -> str:
+        ts = message.t * NS_PER_MS
+        key = (symbol, message.x, str(message.i), ts)
+        row = self._tables.trades.get(key)
+        if row is None or key in self._used:
+            return "duplicates" if key[:3] in self._known else ""
+        price, size, side, too_late = row
+        self._used.add(key)
+        if (price, size) != (message.p, message.s):
+            self._report.examples.append(f"trade {key} is stored as {price} x {size}, sent as {message}")
+            return "left_over"
+        if not too_late:
+            at, start = (ts, self._place), ts - ts % MINUTE_NS
+            bar = self._bars.get((symbol, start))
+            if bar is None:
+                bar = self._bars[symbol, start] = _Bar(at, at, price, price, price, price)
+            bar.add(at, price, size, side)
+        return "stored"
+
+    @staticmethod
+    def _content(rows: Counter[tuple[Any, ...]], content: tuple[Any, ...]) -> str:
+        if rows[content] <= 0:
+            return ""
+        rows[content] -= 1
+        return "stored"
+
+    def _elsewhere(self, stream: str, data: bytes, pair: str, sent_ns: int) -> None:
+        """Neither in a table nor a repeat: quarantined, dead, in a gap, or left over."""
+        report = self._report
+        for rest, term in ((self._quarantined, report.quarantined), (self._dead, report.deadletters)):
+            if rest[data] > 0:
+                rest[data] -= 1
+                term[stream] += 1
+                return
+        partition = (murmur2(pair.encode()) & 0x7FFFFFFF) % PARTITIONS if pair else 0
+        for gap in self._gaps:
+            begins_before = gap.from_ is None or gap.from_ <= max(self._clock, sent_ns)
+            if gap.partition == partition and begins_before and self._clock <= gap.to:
+                report.in_gaps[stream] += 1
+                return
+        report.left_over[stream] += 1
+        report.examples.append(f"left over: {data[:200].decode(errors='replace')}")
+
+    def _unparsed(self, reason: str, data: bytes) -> None:
+        """Bytes that are no event: they must be in the dead letters, whole."""
+        self._report.sent["other"] += 1
+        self._elsewhere("other", data, "", 0)
+
+    def report(self) -> Report:
+        """After the last line."""
+        report = self._report
+        report.extra["XT"] = len(self._tables.trades) - len(self._used)
+        report.extra["XQ"] = sum(self._quotes.values())
+        report.extra["XA"] = sum(self._vendor_bars.values())
+        checked: set[str] = set()
+        for key, bar in self._bars.items():
+            row = self._tables.bars.get(key)
+            if row is None:
+                if key[1] + MINUTE_NS <= self._closed_ns:
+                    report.bars_missing += 1
+                    report.examples.append(f"bar {key} is missing")
+                continue
+            report.bars_checked += 1
+            checked.add(key[0])
+            if row != bar.values():
+                report.bars_wrong += 1
+                report.examples.append(f"bar {key} is {row}, recomputed {bar.values()}")
+        report.bars_extra = len(self._tables.bars.keys() - self._bars.keys())
+        report.unchecked_symbols = sorted(self._symbols - checked - {""})
+        return report
+
+
+_decode_line = msgspec.json.Decoder(SentLine).decode
+
+
+def _message(part: msgspec.Raw) -> Any:
+    try:
+        return wire.decode_message(part)
+    except wire.DECODE_ERRORS as error:
+        return str(error)
+
+
+def quote_content(message: wire.XQ, symbol: str) -> tuple[Any, ...]:
+    """What identifies a quote to someone who does not know its place in the log."""
+    ts = message.t * NS_PER_MS
+    return (symbol, ts, message.bp, message.bs, message.ap, message.as_, message.x)
+
+
+def vendor_content(message: wire.XA, symbol: str) -> tuple[Any, ...]:
+    """The same for an aggregate."""
+    ts = message.s * NS_PER_MS
+    return (symbol, ts, message.o, message.h, message.l, message.c, message.v, message.vw)

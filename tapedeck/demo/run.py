@@ -1,0 +1,490 @@
+"""The demo: starts the line in order, shows it, stops it in order, and reconciles."""
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aiohttp
+import asyncpg
+import fasteners
+import orjson
+import structlog
+from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+from rich.console import Console
+from rich.live import Live
+
+from schemas import topics, wire
+from schemas.events import NS_PER_S
+from schemas.frames import read_frames
+from schemas.raw import bytes_of
+from tapedeck import embedded, kafka, logs
+from tapedeck.demo import view
+from tapedeck.demo.children import Child, Spec
+from tapedeck.demo.reconcile import STREAMS, Reconciler, Report, Tables
+from tapedeck.demo.watch import Watch, end_offsets, scrape
+from tapedeck.errors import UsageError
+from tapedeck.settings import Settings
+
+log = structlog.get_logger()
+
+SINKS = ("trades", "quotes", "bars")
+START_S = 120.0
+PATIENT_DRAIN_S = 300.0  # a run that ends by itself waits for what is on its way
+HASTY_DRAIN_S = 2.0  # Ctrl+C does not: all of it has 5 s
+
+
+class DemoOptions(NamedTuple):
+    """As on the command line."""
+
+    seconds: float | None
+    symbols: list[str] | None
+    frames: Path | None
+    speed: float
+    seed: int
+    data_dir: Path | None
+    live: bool
+    as_json: bool
+
+
+def run(settings: Settings, options: DemoOptions) -> int:
+    """Returns the exit code: 0 only if everything is accounted for. Raises TapedeckError, UsageError."""
+    logs.configure(settings.model_copy(update={"log_level": "WARNING"}), "demo")
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # it reads while brokers are killed and restarted
+    if options.live and settings.polygon_api_key is None:
+        raise UsageError("POLYGON_API_KEY is not set: --live needs a key")
+    if options.live and options.frames:
+        raise UsageError("give either --live or --frames")
+    folder = options.data_dir or Path(tempfile.mkdtemp(prefix="tapedeck-demo-"))
+    folder = folder.expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = fasteners.InterProcessLock(str(folder / "demo.lock"))
+    if not lock.acquire(blocking=False):
+        raise UsageError(f"another demo runs on {folder}; give this one another --data-dir")
+    try:
+        result = asyncio.run(Demo(settings, options, folder).run())
+    except KeyboardInterrupt:
+        result = 130
+    finally:
+        lock.release()
+    if options.data_dir is None:
+        if result == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            Console(stderr=True).print(f"The data and logs of this run are kept in {folder}")
+    return result
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [s.getsockname()[1] for s in sockets]
+
+
+class Demo:
+    """One run on one folder."""
+
+    def __init__(self, settings: Settings, options: DemoOptions, folder: Path) -> None:
+        self._options = options
+        self._settings = settings
+        self._folder = folder
+        self._console = Console(stderr=options.as_json)
+        self._stopping = asyncio.Event()
+        self._hasty = False
+        self._http: dict[str, int] = {}
+        self._children: dict[str, Child] = {}
+        self._record = folder / ("received.ndjson" if options.live else "sent.ndjson")
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._interrupt)
+        try:
+            with self._console.status("starting Kafka and PostgreSQL …"):
+                await self._start_services()
+                await kafka.prepare(self._settings)
+            watch = Watch(self._settings)
+            watching = asyncio.create_task(watch.run())
+            tasks = await self._start_line()
+            async with aiohttp.ClientSession() as http:
+                await self._show(watch, http, [*tasks, watching])
+            report, complaints = await self._finish(watch)
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+        finally:
+            await self._stop_everything()
+        return self._verdict(watch, report, complaints)
+
+    def _interrupt(self) -> None:
+        if self._stopping.is_set() and self._hasty:
+            for child in self._children.values():
+                child.kill()
+            os._exit(130)
+        self._hasty = True
+        self._stopping.set()
+
+    # -- starting ----------------------------------------------------------------------------------
+
+    async def _start_services(self) -> None:
+        addresses: dict[str, str] = {}
+
+        def prepared(prepare: Callable[[Path], embedded.Service]) -> Spec:
+            service = prepare(self._folder)
+            addresses.update(service.addresses)
+            self._probes[service.name] = service.probe
+            return Spec(service.argv, service.log, service.stop_signal, service.options)
+
+        self._probes: dict[str, Callable[[], bool]] = {}
+        embedded.stop(self._folder)  # what a killed demo may have left behind
+        for name, prepare in (("kafka", embedded.prepare_kafka), ("postgres", embedded.prepare_postgres)):
+            child = Child(name, partial(prepared, prepare), lambda name=name: self._probes[name]())  # type: ignore[misc]
+            self._children[name] = child
+            await child.start()
+        for name in ("kafka", "postgres"):
+            await self._children[name].wait_ready(START_S)
+        self._settings = self._settings.model_copy(
+            update={
+                "kafka_bootstrap_servers": addresses["KAFKA_BOOTSTRAP_SERVERS"],
+                "database_url": type(self._settings.database_url)(addresses["DATABASE_URL"]),
+            }
+        )
+
+    async def _start_line(self) -> list[asyncio.Task[None]]:
+        options, settings = self._options, self._settings
+        names = ["feed", "produce", "process", *(f"sink {name}" for name in SINKS)]
+        *http_ports, feed_port = _free_ports(len(names) + 1)
+        self._http = dict(zip(names, http_ports, strict=True))
+        environment = os.environ | {
+            "KAFKA_BOOTSTRAP_SERVERS": settings.kafka_bootstrap_servers,
+            "DATABASE_URL": settings.database_url.get_secret_value(),
+            "LOG_FORMAT": "console",
+            "NO_COLOR": "1",
+        }
+        commands: dict[str, list[str]] = {"process": ["process"]}
+        commands |= {f"sink {name}": ["sink", name] for name in SINKS}
+        if options.live:
+            commands["produce"] = ["produce", "--record", str(self._record)]
+            environment["SYMBOLS"] = ",".join(settings.symbols)
+            del self._http["feed"]
+        else:
+            commands["feed"] = await asyncio.to_thread(self._feed_command, feed_port)
+            commands["produce"] = ["produce"]
+            symbols = self._symbols or settings.symbols
+            environment |= {
+                "POLYGON_WS_URL": f"ws://127.0.0.1:{feed_port}/crypto",
+                "POLYGON_API_KEY": secrets.token_hex(8),
+                "SYMBOLS": ",".join(symbols),
+                "STREAMS": ",".join(STREAMS),
+            }
+        tasks = []
+        for name, arguments in commands.items():
+            spec = Spec(
+                (sys.executable, "-m", "tapedeck", *arguments),
+                self._folder / f"{name.replace(' ', '-')}.log",
+                signal.SIGTERM,
+                {"env": environment | {"HTTP_PORT": str(self._http[name])}},
+            )
+            child = self._children[name] = Child(name, lambda spec=spec: spec)  # type: ignore[misc]
+            tasks.append(await child.start())
+        return tasks
+
+    _symbols: list[str] | None = None
+
+    def _feed_command(self, port: int) -> list[str]:
+        """The simulator's arguments. Market time goes on after what an earlier run on this folder sent."""
+        options = self._options
+        speed = "max" if math.isinf(options.speed) else str(options.speed)
+        command = ["simulate", "--port", str(port), "--speed", speed, "--seed", str(options.seed)]
+        command += ["--record", str(self._record)]
+        if options.seconds is not None:
+            command += ["--seconds", str(options.seconds)]
+        if options.frames:
+            self._symbols = options.symbols or _symbols_in(options.frames)
+            return [*command, "--frames", str(options.frames)]
+        self._symbols = options.symbols
+        begin = time.time_ns() - 86_400 * NS_PER_S
+        if self._record.exists() and (last := _last_clock(self._record)):
+            begin = max(begin, last + 60 * NS_PER_S)
+        if options.symbols:
+            command += ["--symbols", ",".join(options.symbols)]
+        return [*command, "--start-ns", str(begin)]
+
+    # -- running -----------------------------------------------------------------------------------
+
+    async def _show(self, watch: Watch, http: aiohttp.ClientSession, tasks: list[asyncio.Task[None]]) -> None:
+        """Until stopped, or the feed has sent all it will; raises what a process failed with."""
+        deadline = None
+        speed = "max" if math.isinf(self._options.speed) else f"{self._options.speed:g}x"
+        title = f"tapedeck demo, {'live' if self._options.live else speed}: Ctrl+C stops it in order"
+        screen = Live(console=self._console, auto_refresh=False, transient=True)
+        terminal = self._console.is_terminal
+        said = time.monotonic()
+        with screen if terminal else contextlib.nullcontext():
+            while not self._stopping.is_set():
+                scraped = await asyncio.gather(*(scrape(http, port) for port in self._http.values()))
+                numbers = dict(zip(self._http, scraped, strict=True))
+                for task in tasks:
+                    if task.done():
+                        task.result()
+                if numbers.get("feed", {}).get("tapedeck_feed_finished"):
+                    return
+                if self._options.live and self._options.seconds is not None and watch.price:
+                    deadline = deadline or time.monotonic() + self._options.seconds
+                    if time.monotonic() > deadline:
+                        return
+                stages = self._stages(numbers)
+                if terminal:
+                    screen.update(view.live(watch, stages, title), refresh=True)
+                elif time.monotonic() - said >= 5:
+                    said = time.monotonic()
+                    line = (f"{name} {count:,.0f} (lag {lag:,.0f})" for name, count, lag, *_ in stages)
+                    self._console.print("  ".join(line), soft_wrap=True)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), 0.5)
+
+    def _stages(self, numbers: dict[str, dict[str, float]]) -> list[tuple[str, float, float, float, int]]:
+        """(name, events in, lag, errors, restarts) of each process."""
+        produced = numbers.get("produce", {})
+        worked = numbers.get("process", {})
+        taken = worked.get("tapedeck_processor_records_total", 0)
+        published = produced.get("tapedeck_producer_records_total", 0)
+        rows = []
+        if "feed" in self._http:
+            feed = numbers["feed"]
+            rows.append(("feed", feed.get("tapedeck_feed_events_total", 0), 0.0, 0.0))
+        rows.append(
+            (
+                "produce",
+                produced.get("tapedeck_producer_events_total", 0),
+                produced.get("tapedeck_producer_outbox_records", 0),
+                produced.get("tapedeck_producer_errors_total", 0),
+            )
+        )
+        rows.append(
+            ("process", taken, max(0.0, published - taken), worked.get("tapedeck_processor_events_total", 0))
+        )
+        for name in SINKS:
+            sink = numbers.get(f"sink {name}", {})
+            written = sink.get("tapedeck_sink_rows_total", 0)
+            rows.append(
+                (
+                    f"sink {name}",
+                    written,
+                    sink.get("tapedeck_sink_lag_records", 0),
+                    sink.get("tapedeck_sink_errors_total", 0),
+                )
+            )
+        return [(*row, self._children[row[0]].restarts) for row in rows]
+
+    # -- stopping ----------------------------------------------------------------------------------
+
+    async def _finish(self, watch: Watch) -> tuple[Report | None, list[str]]:
+        """Stops the line from its source on, each part when it has what was on its way, and reconciles."""
+        limit = HASTY_DRAIN_S if self._hasty else PATIENT_DRAIN_S
+        children = self._children
+        try:
+            async with asyncio.timeout(limit):
+                if "feed" in children and not self._hasty:
+                    await self._received()
+                if "feed" in children:
+                    await children["feed"].stop(1.0)
+                await children["produce"].stop(4.0)
+                await self._processed()
+                await watch.caught_up()
+                await children["process"].stop(3.0)
+                await self._stored()
+        except TimeoutError:
+            return None, [f"what was on its way was not stored within {limit:g} s: not reconciled"]
+        except (KafkaError, asyncpg.PostgresError, OSError) as error:
+            return None, [f"not reconciled: {error}"]
+        with self._console.status("reconciling …"):
+            report = await self._reconcile(watch)
+        streams = await asyncio.to_thread(_streams_in, self._options.frames) if self._options.frames else STREAMS
+        return report, report.complaints(streams)
+
+    async def _received(self) -> None:
+        """Waits until the producer has everything that the feed sent."""
+        async with aiohttp.ClientSession() as http:
+            before = -1.0
+            while True:
+                numbers = await scrape(http, self._http["produce"])
+                frames = numbers.get("tapedeck_producer_frames_total", 0)
+                if frames == before and not numbers.get("tapedeck_producer_outbox_records"):
+                    return
+                before = frames
+                await asyncio.sleep(0.2)
+
+    async def _processed(self) -> None:
+        ends = await end_offsets(self._settings, (topics.RAW,))
+        admin = AIOKafkaAdminClient(**self._settings.kafka_options())
+        await admin.start()
+        try:
+            while True:
+                group = f"{self._settings.topic_prefix}tapedeck-processor"
+                done = await admin.list_consumer_group_offsets(group, partitions=list(ends))
+                if all(done[place].offset >= end for place, end in ends.items() if end):
+                    return
+                await asyncio.sleep(0.05)
+        finally:
+            await admin.close()
+
+    async def _stored(self) -> None:
+        outputs = (topics.TRADES, topics.QUOTES, topics.VENDOR_BARS, topics.BARS_1M)
+        ends = await end_offsets(self._settings, outputs)
+        connection = await self._connect()
+        try:
+            while True:
+                rows = await connection.fetch("SELECT topic, partition, next_offset FROM sink_offsets")
+                done = {TopicPartition(row["topic"], row["partition"]): row["next_offset"] for row in rows}
+                if all(done.get(place, 0) >= end for place, end in ends.items()):
+                    return
+                await asyncio.sleep(0.05)
+        finally:
+            await connection.close()
+
+    async def _connect(self) -> asyncpg.Connection:
+        return await asyncpg.connect(self._settings.database_url.get_secret_value())
+
+    async def _reconcile(self, watch: Watch) -> Report:
+        connection = await self._connect()
+        try:
+            tables = await _fetch(connection)
+        finally:
+            await connection.close()
+        # An orderly stop ends with a gap that ticks: what was final then must be in the tables.
+        last = max((gap.to for gap in watch.gaps.values() if gap.reason == "stop"), default=0)
+        reconciler = Reconciler(
+            tables,
+            watch.gaps.values(),
+            (bytes_of(letter.encoding, letter.payload) for letter in watch.dead.values()),
+            (bytes_of(event.encoding, event.payload) for event in watch.quarantined.values()),
+            last - self._settings.grace_ns,
+        )
+        if self._record.exists():
+            with self._record.open("rb") as lines:
+                for line in lines:
+                    if line.endswith(b"\n"):  # a killed feed may have torn its last line, and never sent it
+                        reconciler.line(line)
+        return reconciler.report()
+
+    async def _stop_everything(self) -> None:
+        """Whatever still runs, in order; nothing is left behind."""
+        order = ["feed", "produce", "process", *(f"sink {name}" for name in SINKS)]
+        line = [self._children[name] for name in order if name in self._children]
+        services = [self._children[name] for name in ("kafka", "postgres") if name in self._children]
+        for part in (line, services):
+            await asyncio.gather(*(child.stop(1.0) for child in part))
+
+    def _verdict(self, watch: Watch, report: Report | None, complaints: list[str]) -> int:
+        p50, p99 = watch.percentiles_ms()
+        if report is not None:
+            self._console.print(view.accounting(report))
+        latency = "none seen" if p50 is None or p99 is None else f"p50 {p50:.1f} ms, p99 {p99:.1f} ms"
+        self._console.print(f"socket to a consumer of trades.v1: {latency}")
+        for complaint in complaints:
+            self._console.print(f"NOT OK: {complaint}", markup=False)
+        if not complaints:
+            self._console.print("OK: every event is accounted for and every final bar is right")
+        if self._options.as_json:
+            print(orjson.dumps(_result(report, complaints, p50, p99)).decode(), flush=True)
+        return 1 if complaints else 0
+
+
+def _result(report: Report | None, complaints: list[str], p50: float | None, p99: float | None) -> dict[str, Any]:
+    report, whole = report or Report(), report is not None
+
+    def by_stream(counts: Counter[str]) -> dict[str, int]:
+        return {stream: counts[stream] for stream in (*STREAMS, *(counts.keys() - set(STREAMS)))}
+
+    return {
+        "ok": whole and not complaints,
+        "sent": by_stream(report.sent),
+        "stored": by_stream(report.stored),
+        "duplicates": report.duplicates.total(),
+        "quarantined": report.quarantined.total(),
+        "deadletters": report.deadletters.total(),
+        "in_gaps": report.in_gaps.total(),
+        "left_over": report.left_over.total(),
+        "extra": report.extra.total(),
+        "bars_checked": report.bars_checked,
+        "bars_wrong": report.bars_wrong,
+        "bars_missing": report.bars_missing,
+        "bars_extra": report.bars_extra,
+        "p50_ms": None if p50 is None else round(p50, 3),
+        "p99_ms": None if p99 is None else round(p99, 3),
+        "complaints": complaints,
+    }
+
+
+async def _fetch(connection: asyncpg.Connection) -> Tables:
+    """The tables as the reconciler wants them."""
+    trades = await connection.fetch(
+        "SELECT symbol, exchange, trade_id, ts_event, price, size, side, 'too_late' = ANY(flags) FROM crypto_trades"
+    )
+    quotes = await connection.fetch(
+        "SELECT symbol, ts_event, bid_price, bid_size, ask_price, ask_size, exchange FROM crypto_quotes"
+    )
+    vendor = await connection.fetch(
+        "SELECT symbol, start, open, high, low, close, volume, vwap FROM vendor_bars WHERE interval = '1m'"
+    )
+    bars = await connection.fetch(
+        "SELECT symbol, start, open, high, low, close, volume, vwap, trade_count, buy_volume, sell_volume "
+        "FROM crypto_aggregates WHERE interval = '1m'"
+    )
+    return Tables(
+        {tuple(row)[:4]: tuple(row)[4:] for row in trades},
+        Counter(map(tuple, quotes)),
+        Counter(map(tuple, vendor)),
+        {tuple(row)[:2]: tuple(row)[2:] for row in bars},
+    )
+
+
+def _heads(frames: Path) -> "list[wire.Head]":
+    heads = []
+    for frame in read_frames(frames):
+        with contextlib.suppress(*wire.DECODE_ERRORS):
+            heads += wire.decode_heads(frame.data)
+    return heads
+
+
+def _symbols_in(frames: Path) -> list[str]:
+    """The pairs of a frames file, as their events name them."""
+    pairs = {head.pair for head in _heads(frames) if head.ev in wire.STREAMS}
+    symbols = set()
+    for pair in pairs:
+        with contextlib.suppress(ValueError):
+            symbols.add(wire.symbol_of(pair))
+    if not symbols:
+        raise UsageError(f"{frames} has no event of a pair in it")
+    return sorted(symbols)
+
+
+def _streams_in(frames: Path) -> tuple[str, ...]:
+    """The streams of a frames file: a recording without quotes is not asked for quotes."""
+    found = {head.ev for head in _heads(frames)}
+    return tuple(stream for stream in STREAMS if stream in found)
+
+
+def _last_clock(record: Path) -> int | None:
+    """Market time at the end of a feed's record, ns."""
+    with record.open("rb") as file:
+        file.seek(max(0, record.stat().st_size - 1024**2))
+        for line in reversed(file.read().splitlines()):
+            with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
+                return int(orjson.loads(line)["clock_ns"])
+    return None
