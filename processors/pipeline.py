@@ -25,7 +25,6 @@ from schemas.events import (
     MinuteClosed,
     Quarantined,
     encode,
-    encode_plain,
 )
 from schemas.raw import RawRecord, decode_gap_value, text_of
 
@@ -155,23 +154,21 @@ class Pipeline:
             if self._bars.closed(ts - ts % MINUTE_NS, tick):
                 flags.append("late")
             self._bars.add(trade, tick)
-        tiny = trade.price.adjusted() < -6 or trade.size.adjusted() < -6
-        value = encode_plain(trade) if tiny else encode(trade)
-        self._emit(topics.TRADES, trade.symbol, value)
+        self._emit(topics.TRADES, trade.symbol, encode(trade))
 
     def _quote(self, message: wire.XQ, record: RawRecord, index: int, recv: int, n: int) -> None:
         quote = normalize.quote(message, recv, record.epoch, self.partition, n)
         if quote.ts_event > (self._tick or 0) + self._settings.ahead_ns:
             self._quarantine(quote.symbol, quote.ts_event, recv, record, index, n)
             return
-        self._emit(topics.QUOTES, quote.symbol, encode_plain(quote))
+        self._emit(topics.QUOTES, quote.symbol, encode(quote))
 
     def _vendor_bar(self, message: wire.XA | wire.XAS, record: RawRecord, index: int, recv: int, n: int) -> None:
         bar = normalize.vendor_bar(message, recv, record.epoch, self.partition, n)
         if bar.start > (self._tick or 0) + self._settings.ahead_ns:
             self._quarantine(bar.symbol, bar.start, recv, record, index, n)
             return
-        self._emit(topics.VENDOR_BARS, bar.symbol, encode_plain(bar))
+        self._emit(topics.VENDOR_BARS, bar.symbol, encode(bar))
 
     # -- time --------------------------------------------------------------------------------------
 
@@ -195,7 +192,7 @@ class Pipeline:
         if tick < before:
             return
         for bar in self._bars.tick(before, tick):
-            self._emit(topics.BARS_1M, bar.symbol, encode_plain(bar))
+            self._emit(topics.BARS_1M, bar.symbol, encode(bar))
         closed, was = (t - self._settings.grace_ns for t in (tick, before))
         if closed // MINUTE_NS > was // MINUTE_NS:
             end = closed - closed % MINUTE_NS
@@ -209,7 +206,7 @@ class Pipeline:
         self._out = []
         bars: list[Bar] = self._bars.close(self._tick or 0, self._at_ms * NS_PER_MS)
         for bar in bars:
-            self._emit(topics.BARS_1M, bar.symbol, encode_plain(bar))
+            self._emit(topics.BARS_1M, bar.symbol, encode(bar))
         return self._out
 
     # -- outputs -----------------------------------------------------------------------------------

@@ -40,7 +40,8 @@ class Partition:
 
     def __init__(self) -> None:
         self.pipeline: Pipeline | None = None
-        self.next_offset = -1
+        self.next_offset = -1  # of the pipeline
+        self.expected = -1  # of the delivery, which runs ahead while the pipeline is rebuilt
         self.waiting: deque[Any] = deque()
         self.rebuilding: asyncio.Task[None] | None = None
 
@@ -87,34 +88,31 @@ class Processor:
 
     async def _take(self, event: Any) -> None:
         await self._roomy.wait()
-        number = event.message.partition
-        partition = self._partitions.setdefault(number, Partition())
-        if partition.rebuilding is not None and partition.rebuilding.done():
-            partition.rebuilding = None
-        if partition.rebuilding is None and event.message.offset == partition.next_offset:
-            self._process(partition, event)
-            return
-        if partition.rebuilding is not None and event.message.offset == partition.waiting[-1].message.offset + 1:
+        offset = event.message.offset
+        partition = self._partitions.setdefault(event.message.partition, Partition())
+        continues, partition.expected = offset == partition.expected, offset + 1
+        if not continues:  # new here, or delivered from elsewhere: what is under way is for nothing
+            if partition.rebuilding is not None:
+                partition.rebuilding.cancel()
+            partition.pipeline, partition.waiting = None, deque([event])
+            partition.rebuilding = asyncio.create_task(self._rebuild(partition, event.message))
+        elif partition.rebuilding is not None:
             partition.waiting.append(event)
             if len(partition.waiting) > WAITING_RECORDS:
                 await asyncio.wait({partition.rebuilding})
-            return
-        if partition.rebuilding is not None:  # delivered from elsewhere meanwhile: that work is for nothing
-            partition.rebuilding.cancel()
-        partition.pipeline, partition.waiting = None, deque([event])
-        partition.rebuilding = asyncio.create_task(self._rebuild(partition, event))
+        else:
+            self._process(partition, event)
 
     async def _rebuild(self, partition: Partition, first: Any) -> None:
+        """Brings a partition's state to where its delivery begins, then takes what has waited."""
         started = time.perf_counter()
-        message = first.message
-        place = TopicPartition(message.topic, message.partition)
+        place = TopicPartition(first.topic, first.partition)
         try:
-            pipeline = await rebuild(self._settings, self._pipeline, place, message.offset)
-            partition.pipeline, partition.next_offset = pipeline, message.offset
+            partition.pipeline = await rebuild(self._settings, self._pipeline, place, first.offset)
+            partition.next_offset = first.offset
             while partition.waiting:
-                self._process(partition, partition.waiting[0])
-                partition.waiting.popleft()
-                if len(partition.waiting) % 100 == 0:
+                self._process(partition, partition.waiting.popleft())
+                if len(partition.waiting) % 100 == 99:
                     await asyncio.sleep(0)
             partition.rebuilding = None
         except Exception as error:
@@ -127,6 +125,8 @@ class Processor:
         message = event.message
         pipeline = partition.pipeline
         assert pipeline is not None
+        if message.offset != partition.next_offset:
+            raise RuntimeError(f"offset {message.offset} came where {partition.next_offset} was next")
         outputs = self._run(pipeline, message)
         partition.next_offset = message.offset + 1
         prefix = self._settings.topic_prefix

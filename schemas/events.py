@@ -4,6 +4,7 @@ Times are integer nanoseconds since the epoch, UTC. Decimals are JSON numbers in
 (epoch, partition, n) is the identity of the raw event that an event was made from.
 """
 
+import re
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -155,21 +156,23 @@ class Quarantined(msgspec.Struct, frozen=True):
 
 
 _encode = msgspec.json.Encoder(decimal_format="number").encode
+_scientific = re.compile(rb"[0-9]E-").search
 
 
 def encode(event: msgspec.Struct) -> bytes:
-    """The one JSON form of an event; decimals must be canonical."""
-    return _encode(event)
+    """The one JSON form of an event; decimals must be canonical.
 
-
-def encode_plain(event: msgspec.Struct) -> bytes:
-    """As `encode`, for events that may hold decimals below 1e-6."""
+    msgspec writes str() of a decimal, which is scientific below 1e-6: those few are written anew.
+    """
+    value = _encode(event)
+    if b"E-" not in value or not _scientific(value):
+        return value
     tiny: dict[str, Any] = {
-        name: plain_json(value)
-        for name, value in msgspec.structs.asdict(event).items()
-        if isinstance(value, Decimal) and value.adjusted() < -6
+        name: plain_json(number)
+        for name, number in msgspec.structs.asdict(event).items()
+        if isinstance(number, Decimal) and number.adjusted() < -6
     }
-    return _encode(msgspec.structs.replace(event, **tiny) if tiny else event)
+    return _encode(msgspec.structs.replace(event, **tiny))
 
 
 decode_trade = msgspec.json.Decoder(Trade).decode

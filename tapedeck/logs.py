@@ -23,7 +23,8 @@ def configure(settings: Settings, service: str) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    renderer = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
+    colors = sys.stderr.isatty()
+    renderer = structlog.dev.ConsoleRenderer(colors=colors) if console else structlog.processors.JSONRenderer()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -35,7 +36,7 @@ def configure(settings: Settings, service: str) -> None:
     root.handlers = [handler]
     root.setLevel(settings.log_level)
     structlog.contextvars.bind_contextvars(service=service)
-    for noisy in ("aiokafka", "faust", "mode", "aiohttp", "websockets", "yoyo", "asyncio"):
+    for noisy in ("aiokafka", "faust", "mode", "processors.transport", "aiohttp", "websockets", "yoyo", "asyncio"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
     # These two repeat "connection refused" many times a second while a broker is away; health says it once.
     for name in ("aiokafka.conn", "aiokafka.client", "aiokafka.producer.sender"):

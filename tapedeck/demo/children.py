@@ -85,7 +85,7 @@ class Child:
             await asyncio.sleep(0.05)
 
     async def _watch(self) -> None:
-        """Raises UsageError when it exits with 2, for trying again will not help; TapedeckError when it never stays."""
+        """Raises UsageError when it exits with 2 (no use to try again), TapedeckError when it never stays."""
         failures = 0
         while True:
             process, started = self._process, time.monotonic()
