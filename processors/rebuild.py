@@ -7,6 +7,8 @@ what stands before it tells that it is not the next one.
 """
 
 import asyncio
+from collections.abc import AsyncIterator
+from typing import Protocol
 
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
@@ -15,44 +17,39 @@ from processors.pipeline import RUN_IN_RECORDS, Pipeline
 from processors.settings import PipelineSettings
 from schemas.events import NS_PER_MS
 from schemas.raw import NotARawRecord, from_kafka
+from schemas.raw import RawRecord
 from tapedeck import kafka
 from tapedeck.errors import TapedeckError
 from tapedeck.settings import Settings
 
 
-async def rebuild(settings: Settings, pipeline: PipelineSettings, place: TopicPartition, offset: int) -> Pipeline:
-    """The pipeline as it stands before `offset`. Gives way between fetches. Raises TapedeckError."""
-    reader = await kafka.consumer(settings, place)
-    try:
-        begin = (await reader.beginning_offsets([place]))[place]
-        state = Pipeline(place.partition, pipeline, lenient=begin > 0)
-        if offset <= begin:
-            return state
-        reader.seek(place, offset - 1)
-        previous = await reader.getone(place)
-        since_ms = max(0, previous.timestamp - state.memory_ns // NS_PER_MS)
-        found = (await reader.offsets_for_times({place: since_ms}))[place]
-        start = min(offset, found.offset if found else offset)
-        run_in = max(begin, start - RUN_IN_RECORDS)
-        reader.seek(place, run_in)
-        position = run_in
-        while position < offset:
-            batches = await reader.getmany(place, timeout_ms=1000, max_records=500)
-            for record in batches.get(place, ()):
-                if record.offset >= offset:
-                    break
-                try:
-                    raw = from_kafka(record.partition, record.timestamp, record.headers, record.value)
-                except NotARawRecord:
-                    continue
-                state.lenient = run_in > 0 and (record.offset < start or record.offset == run_in)
-                state.process(raw)
-            position = await reader.position(place)
-            await asyncio.sleep(0)
-        state.lenient = False
-        state.counts.clear()
+class Log(Protocol):
+    """A partition of the raw topic, as a rebuild reads it; `begin` is its first offset."""
+
+    begin: int
+
+    async def timestamp_ms(self, offset: int) -> int:
+        """Of the record at an offset."""
+
+    async def first_since(self, timestamp_ms: int) -> int | None:
+        """The first offset, in the order of offsets, whose timestamp is not before; None: there is none."""
+
+    def records(self, first: int, end: int) -> AsyncIterator[RawRecord]:
+        """The raw records from `first` to before `end`."""
+
+
+async def replay(log: Log, partition: int, settings: PipelineSettings, offset: int, run_in: int = RUN_IN_RECORDS) -> Pipeline:
+    state = Pipeline(partition, settings, lenient=log.begin > 0)
+    if offset <= log.begin:
         return state
-    except KafkaError as error:
-        raise TapedeckError(f"the state of {place} cannot be rebuilt: {error}") from error
-    finally:
-        await reader.stop()
+    since_ms = max(0, await log.timestamp_ms(offset - 1) - state.memory_ns // NS_PER_MS)
+    found = await log.first_since(since_ms)
+    start = min(offset, found if found is not None else offset)
+    first = max(log.begin, start - run_in)
+    at = first
+    async for record in log.records(first, offset):
+        state.lenient = first > 0 and (at < start or at == first)
+        state.process(record)
+        at += 1
+    state.lenient = False
+    return state

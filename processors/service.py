@@ -77,6 +77,10 @@ class Processor:
                 partition.rebuilding.cancel()
         await self._publisher.stop()
 
+    def assigned(self, *_: Any, **__: Any) -> None:
+        """Faust has its partitions; none is well too, for there may be more workers than partitions."""
+        self._shell.health["partitions"] = None
+
     async def consume(self, stream: Any) -> None:
         """The agent. It never ends by an exception of its own."""
         try:
@@ -94,8 +98,12 @@ class Processor:
         if not continues:  # new here, or delivered from elsewhere: what is under way is for nothing
             if partition.rebuilding is not None:
                 partition.rebuilding.cancel()
-            partition.pipeline, partition.waiting = None, deque([event])
-            partition.rebuilding = asyncio.create_task(self._rebuild(partition, event.message))
+            partition.pipeline, partition.rebuilding, partition.waiting = None, None, deque([event])
+            if offset:
+                partition.rebuilding = asyncio.create_task(self._rebuild(partition, event.message))
+                return
+            partition.pipeline, partition.next_offset = Pipeline(event.message.partition, self._pipeline), 0
+            self._process(partition, partition.waiting.popleft())
         elif partition.rebuilding is not None:
             partition.waiting.append(event)
             if len(partition.waiting) > WAITING_RECORDS:
@@ -208,6 +216,7 @@ def faust_app(settings: Settings) -> faust.App:
         topic_allow_declare=False,
         topic_disable_leader=True,
         consumer_auto_offset_reset="earliest",
+        consumer_group_instance_id=settings.worker_id,
         consumer_max_fetch_size=topics.MAX_RECORD_BYTES,
         broker_session_timeout=10.0,
         broker_heartbeat_interval=2.0,
@@ -225,6 +234,8 @@ async def run(shell: Shell) -> None:
     await kafka.prepare(settings)
     app = faust_app(settings)
     processor = Processor(shell)
+    shell.health["partitions"] = "none yet"
+    app.on_rebalance_complete.connect(processor.assigned, weak=False)
     try:
         await processor.start()
     except KafkaError as error:

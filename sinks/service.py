@@ -1,6 +1,7 @@
 """A sink process: one independent consumer for each table, batches in, transactions out."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,12 @@ from typing import Any
 import asyncpg
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import (
+    KafkaError,
+    KafkaTimeoutError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+)
 
 from sinks import writer
 from sinks.tables import ALL, Table
@@ -20,19 +26,21 @@ from tapedeck.shell import Shell
 log = structlog.get_logger()
 
 RETRY_S = 0.25
+STOP_S = 0.5  # for leaving the group; a broker that is away or rebalances would take much longer
+SHOW_S = 1.0
+STALL_S = 30.0  # aiokafka's fetching has ended in silence (its issue 983): look whether nothing came for nothing
 
 
-class _Rebalanced(ConsumerRebalanceListener):  # type: ignore[misc]
-    """Marks that the assignment is new: positions are then read from the database before anything else."""
+class _Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
+    """`places` is what we are to read, a new set after each rebalance and None during one."""
 
-    def __init__(self) -> None:
-        self.changed = False
+    places: set[TopicPartition] | None = None
 
-    async def on_partitions_revoked(self, revoked: Any) -> None:
-        self.changed = True
+    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
+        self.places = None
 
-    async def on_partitions_assigned(self, assigned: Any) -> None:
-        self.changed = True
+    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
+        self.places = set(assigned)
 
 
 class Sink:
@@ -43,67 +51,84 @@ class Sink:
         self._settings: Settings = shell.settings
         self._table = table
         self._topic = self._settings.topic_prefix + table.topic.name
-        self._listener = _Rebalanced()
+        self._assignment = _Assignment()
         self._connection: asyncpg.Connection | None = None
+        self._positioned: set[TopicPartition] | None = None  # the assignment that the positions are for
         self._positions: dict[int, int] = {}
+        self._shown: dict[int, int] = {}
+        self._show_at = 0.0
+        self._moved_at = 0.0
 
     async def run(self) -> None:
-        """Until cancelled or stopped. Raises TapedeckError, UsageError, KafkaError."""
+        """Until cancelled, which drops the batch in hand. Raises TapedeckError, UsageError, KafkaError."""
+        self._shell.health[self._table.name] = "no partitions yet"
+        worker = self._settings.worker_id or None
         consumer = AIOKafkaConsumer(
             **self._settings.kafka_options(),
             group_id=f"{self._settings.topic_prefix}tapedeck-sink-{self._table.name}",
+            group_instance_id=worker and f"{worker}-{self._table.name}",
             enable_auto_commit=False,
             auto_offset_reset="none",
-            session_timeout_ms=10_000,
+            session_timeout_ms=6_000,  # how long a killed sink's partitions wait; brokers allow no less
             heartbeat_interval_ms=2_000,
             fetch_max_wait_ms=50,
             max_partition_fetch_bytes=max(self._table.topic.max_message_bytes, 1024**2),
         )
-        await consumer.start()
         try:
-            consumer.subscribe([self._topic], listener=self._listener)
-            while not self._shell.stopping.is_set():
+            await consumer.start()
+            consumer.subscribe([self._topic], listener=self._assignment)
+            while True:
                 await self._turn(consumer)
         finally:
-            await consumer.stop()
             if self._connection is not None:
-                await self._connection.close(timeout=2)
+                self._connection.terminate()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_S):
+                    await consumer.stop()
 
     async def _turn(self, consumer: AIOKafkaConsumer) -> None:
-        """One batch. A rebalance or a database error drops it, and reading goes on from the database."""
+        """One batch. What goes wrong with Kafka or the database drops it, and reading goes on from the offsets
+        in the database."""
         try:
-            if self._listener.changed or self._connection is None:
-                await self._position(consumer)
-            if not self._positions:
-                await asyncio.sleep(0.05)
-                if consumer.assignment():
-                    self._listener.changed = True
-                return
+            places = self._assignment.places
+            if places is not None and places is not self._positioned:
+                await self._position(consumer, places)
+            # Without partitions as well: who does not ask for records for five minutes is out of the group.
             batch = await consumer.getmany(
                 timeout_ms=int(self._settings.sink_batch_ms), max_records=self._settings.sink_batch_rows
             )
-            if batch and not self._listener.changed:
-                await self._write(consumer, batch)
-            self._lag(consumer)
+            # Records that came with another assignment are not from our positions on, but from Kafka's.
+            if self._positioned is None or self._positioned is not self._assignment.places:
+                return
+            await self._store([record for records in batch.values() for record in records])
+            await self._show(consumer)
+            if batch:
+                self._moved_at = time.monotonic()
+            elif time.monotonic() - self._moved_at > STALL_S:
+                await self._look_for_stall(consumer)
         except writer.Fenced as error:
             log.warning("another sink has taken over, reading positions anew", detail=str(error))
             metrics.SINK_ERRORS.labels(self._table.name).inc()
-            self._listener.changed = True
+            self._positioned = None
+        except (NoOffsetForPartitionError, OffsetOutOfRangeError):
+            self._positioned = None  # of a new assignment, or the log was cut off: `_position` will see
         except (*database.AWAY, asyncpg.PostgresError) as error:
-            await self._trouble(error)
+            await self._trouble("database", error)
+        except KafkaError as error:
+            if not kafka.passing(error) and not isinstance(error, KafkaTimeoutError):
+                raise
+            await self._trouble("Kafka", error)
 
-    async def _position(self, consumer: AIOKafkaConsumer) -> None:
+    async def _position(self, consumer: AIOKafkaConsumer, places: set[TopicPartition]) -> None:
         """Seeks every assigned partition to where its table stands."""
-        self._listener.changed = False
         if self._connection is None or self._connection.is_closed():
             self._connection = await database.open_connection(self._settings)
             await writer.stage(self._connection, self._table)
-        partitions = [place.partition for place in consumer.assignment()]
-        self._positions = await writer.offsets(self._connection, self._table, self._topic, partitions)
-        places = [TopicPartition(self._topic, partition) for partition in partitions]
+        partitions = [place.partition for place in places]
+        positions = await writer.offsets(self._connection, self._table, self._topic, partitions)
         begins, ends = await consumer.beginning_offsets(places), await consumer.end_offsets(places)
         for place in places:
-            at = self._positions[place.partition]
+            at = positions[place.partition]
             if at > ends[place]:
                 raise UsageError(
                     f"{self._table.name} stands at offset {at} of {place.topic}[{place.partition}], which ends at "
@@ -114,44 +139,75 @@ class Sink:
                 await writer.write(
                     self._connection, self._table, self._topic, [], {place.partition: (at, begins[place])}
                 )
-                self._positions[place.partition] = begins[place]
-            if place in consumer.assignment():
-                consumer.seek(place, self._positions[place.partition])
+                positions[place.partition] = begins[place]
+        if places is not self._assignment.places:
+            return  # it changed meanwhile
+        for place in places:
+            consumer.seek(place, positions[place.partition])
+        self._positions, self._positioned = positions, places
+        self._moved_at = time.monotonic()
         self._shell.health[self._table.name] = None
 
-    async def _write(self, consumer: AIOKafkaConsumer, batch: dict[TopicPartition, list[Any]]) -> None:
-        connection = self._connection
-        assert connection is not None
-        moves = {
-            place.partition: (self._positions[place.partition], records[-1].offset + 1)
-            for place, records in batch.items()
-        }
-        rows = self._table.rows([record.value for records in batch.values() for record in records])
+    async def _store(self, records: Sequence[Any]) -> None:
+        """Writes them, or all but those that make no row: halving finds them."""
+        if not records:
+            return
+        # Partition by partition, in order: the last offset of each is the one that stays.
+        moves = {r.partition: (self._positions[r.partition], r.offset + 1) for r in records}
         started = time.perf_counter()
-        changed = await writer.write(connection, self._table, self._topic, rows, moves)
-        metrics.COMMIT_SECONDS.labels(self._table.name).observe(time.perf_counter() - started)
-        metrics.ROWS.labels(self._table.name).inc(changed)
-        metrics.ROW_DUPLICATES.labels(self._table.name).inc(len(rows) - changed)
-        self._positions |= {partition: new for partition, (_, new) in moves.items()}
         try:
-            await consumer.commit({TopicPartition(self._topic, p): new for p, (_, new) in moves.items()})
-        except KafkaError as error:  # for display only: the database's offsets are the ones that count
-            log.debug("offsets not shown to Kafka", error=str(error))
+            # b"" for a null, which is no event either.
+            rows = self._table.rows([record.value or b"" for record in records])
+            changed = await writer.write(self._connection, self._table, self._topic, rows, moves)
+        except writer.REFUSED as error:
+            if len(records) > 1:
+                middle = len(records) // 2
+                await self._store(records[:middle])
+                await self._store(records[middle:])
+                return
+            place = f"{self._topic}[{records[0].partition}]@{records[0].offset}"
+            log.error("a record makes no row and is passed over", place=place, error=str(error))
+            metrics.UNDECODABLE.labels(self._table.name).inc()
+            await writer.write(self._connection, self._table, self._topic, [], moves)
+        else:
+            metrics.COMMIT_SECONDS.labels(self._table.name).observe(time.perf_counter() - started)
+            metrics.ROWS.labels(self._table.name).inc(changed)
+            metrics.ROW_DUPLICATES.labels(self._table.name).inc(len(rows) - changed)
+        self._positions |= {partition: new for partition, (_, new) in moves.items()}
 
-    def _lag(self, consumer: AIOKafkaConsumer) -> None:
+    async def _show(self, consumer: AIOKafkaConsumer) -> None:
+        """Sets the metric, and now and then Kafka's own offsets: those are for display, so failing is fine."""
         lag = 0
         for place in consumer.assignment():
             end = consumer.highwater(place)
             if end is not None:
                 lag += max(0, end - self._positions.get(place.partition, end))
         metrics.SINK_LAG.labels(self._table.name).set(lag)
+        if self._positions != self._shown and time.monotonic() >= self._show_at:
+            self._show_at = time.monotonic() + SHOW_S
+            shown = dict(self._positions)
+            with contextlib.suppress(KafkaError, TimeoutError):
+                async with asyncio.timeout(RETRY_S):  # aiokafka would try again for ever
+                    await consumer.commit({TopicPartition(self._topic, p): at for p, at in shown.items()})
+                self._shown = shown
 
-    async def _trouble(self, error: BaseException) -> None:
-        """The database is away or said no: nothing was written, so go back and try again."""
-        if self._shell.health.get(self._table.name) is None:
-            log.warning("the database does not take the rows, they wait in Kafka", error=str(error))
-        self._shell.health[self._table.name] = f"database: {error}"
+    async def _look_for_stall(self, consumer: AIOKafkaConsumer) -> None:
+        self._moved_at = time.monotonic()
+        ends = await consumer.end_offsets(self._positioned)
+        if self._positioned is not self._assignment.places:
+            return
+        if late := [place.partition for place, end in ends.items() if await consumer.position(place) < end]:
+            raise TapedeckError(
+                f"{self._topic}, partitions {sorted(late)}: records wait, none came for {STALL_S:g} s"
+            )
+
+    async def _trouble(self, what: str, error: BaseException) -> None:
+        """Something is away or said no: nothing was written, so go back and try again."""
+        if not (self._shell.health[self._table.name] or "").startswith(what):
+            log.warning(f"trouble with {what}: the rows wait in Kafka", table=self._table.name, error=repr(error))
+        self._shell.health[self._table.name] = f"{what}: {error!r}"
         metrics.SINK_ERRORS.labels(self._table.name).inc()
+        self._positioned = None
         if self._connection is not None:
             self._connection.terminate()
             self._connection = None
@@ -165,16 +221,24 @@ def tables_of(name: str) -> Sequence[Table]:
 
 async def run(shell: Shell, name: str) -> None:
     """`tapedeck sink`. Raises UsageError, TapedeckError."""
+    work = asyncio.create_task(_work(shell, name))
+    try:
+        await shell.until_stopped(work)
+    finally:
+        work.cancel()
+        await asyncio.wait({work}, timeout=2 * STOP_S)  # a frozen database does not even roll back
+    log.info("stopped")
+
+
+async def _work(shell: Shell, name: str) -> None:
     await database.prepare(shell.settings)
     await kafka.prepare(shell.settings)
-    tasks = [asyncio.create_task(Sink(shell, table).run()) for table in tables_of(name)]
+    sinks = [asyncio.create_task(Sink(shell, table).run()) for table in tables_of(name)]
     try:
-        await shell.until_stopped(*tasks)
-        await asyncio.gather(*tasks)
+        await asyncio.gather(*sinks)
     except KafkaError as error:
         raise TapedeckError(f"Kafka at {shell.settings.kafka_bootstrap_servers}: {error}") from error
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    log.info("stopped")
+        for sink in sinks:
+            sink.cancel()
+        await asyncio.wait(sinks)

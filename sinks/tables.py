@@ -6,6 +6,7 @@ a no-op; a bar is replaced only by a higher order.
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import msgspec
@@ -39,34 +40,22 @@ def _quoted(columns: Sequence[str]) -> str:
     return ", ".join(f'"{column}"' for column in columns)
 
 
-def _trades(values: Sequence[bytes]) -> list[tuple[Any, ...]]:
-    trades = map(events.decode_trade, values)
-    return [(timestamp(t.ts_event), *msgspec.structs.astuple(t)) for t in trades]
+def _rows(decode: Callable[[bytes], Any], time: str) -> Callable[[Sequence[bytes]], list[tuple[Any, ...]]]:
+    """`time` is the field that becomes the timestamp. Markers are no rows."""
+    ns = attrgetter(time)
+
+    def rows(values: Sequence[bytes]) -> list[tuple[Any, ...]]:
+        return [
+            (timestamp(ns(event)), *msgspec.structs.astuple(event))
+            for event in map(decode, values)
+            if not isinstance(event, events.MinuteClosed)
+        ]
+
+    return rows
 
 
-def _quotes(values: Sequence[bytes]) -> list[tuple[Any, ...]]:
-    quotes = map(events.decode_quote, values)
-    return [(timestamp(q.ts_event), *msgspec.structs.astuple(q)) for q in quotes]
-
-
-def _vendor_bars(values: Sequence[bytes]) -> list[tuple[Any, ...]]:
-    bars = map(events.decode_vendor_bar, values)
-    return [(timestamp(b.start), *msgspec.structs.astuple(b)) for b in bars]
-
-
-def _bars(values: Sequence[bytes]) -> list[tuple[Any, ...]]:
-    """The highest order of each bar in the batch: a statement may touch a row only once. No markers."""
-    best: dict[tuple[str, str, int], events.Bar] = {}
-    for bar in map(events.decode_bar, values):
-        if isinstance(bar, events.Bar):
-            key = (bar.symbol, bar.interval, bar.start)
-            held = best.get(key)
-            if held is None or (bar.repair, bar.revision) >= (held.repair, held.revision):
-                best[key] = bar
-    return [(timestamp(b.start), *msgspec.structs.astuple(b)) for b in best.values()]
-
-
-def _keyed(sink: str, name: str, topic: topics.Topic, event: type[msgspec.Struct], rows: Any) -> Table:
+def _kept(sink: str, name: str, topic: topics.Topic, event: type[msgspec.Struct], rows: Any) -> Table:
+    """The first of each key stays."""
     columns = _columns(event)
     insert = (
         f"INSERT INTO {name} ({_quoted(columns)}) SELECT {_quoted(columns)} FROM staged ON CONFLICT DO NOTHING"
@@ -74,20 +63,25 @@ def _keyed(sink: str, name: str, topic: topics.Topic, event: type[msgspec.Struct
     return Table(sink, name, topic, columns, rows, insert)
 
 
-def _replaced(name: str, topic: topics.Topic) -> Table:
-    columns = _columns(events.Bar)
+def _replaced(sink: str, name: str, topic: topics.Topic, event: type[msgspec.Struct], rows: Any) -> Table:
+    """The highest order of each key stays. DISTINCT, for a statement may touch a row only once."""
+    columns = _columns(event)
     updates = ", ".join(f'"{column}" = excluded."{column}"' for column in columns)
     insert = (
-        f"INSERT INTO {name} ({_quoted(columns)}) SELECT {_quoted(columns)} FROM staged "
+        f"INSERT INTO {name} ({_quoted(columns)}) "
+        f"SELECT DISTINCT ON (symbol, interval, time) {_quoted(columns)} FROM staged "
+        "ORDER BY symbol, interval, time, repair DESC, revision DESC "
         f"ON CONFLICT (symbol, interval, time) DO UPDATE SET {updates} "
         f"WHERE (excluded.repair, excluded.revision) > ({name}.repair, {name}.revision)"
     )
-    return Table("bars", name, topic, columns, _bars, insert)
+    return Table(sink, name, topic, columns, rows, insert)
 
 
-TRADES = _keyed("trades", "crypto_trades", topics.TRADES, events.Trade, _trades)
-QUOTES = _keyed("quotes", "crypto_quotes", topics.QUOTES, events.Quote, _quotes)
-VENDOR_BARS = _keyed("bars", "vendor_bars", topics.VENDOR_BARS, events.VendorBar, _vendor_bars)
-BARS = _replaced("crypto_aggregates", topics.BARS_1M)
+TRADES = _kept("trades", "crypto_trades", topics.TRADES, events.Trade, _rows(events.decode_trade, "ts_event"))
+QUOTES = _kept("quotes", "crypto_quotes", topics.QUOTES, events.Quote, _rows(events.decode_quote, "ts_event"))
+VENDOR_BARS = _kept(
+    "bars", "vendor_bars", topics.VENDOR_BARS, events.VendorBar, _rows(events.decode_vendor_bar, "start")
+)
+BARS = _replaced("bars", "crypto_aggregates", topics.BARS_1M, events.Bar, _rows(events.decode_bar, "start"))
 
 ALL = (TRADES, QUOTES, VENDOR_BARS, BARS)

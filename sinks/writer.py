@@ -7,6 +7,17 @@ import asyncpg
 
 from sinks.tables import Table
 
+#: The rows themselves are at fault, not the database: writing them again will not help.
+REFUSED = (
+    ValueError,
+    OverflowError,
+    RecursionError,
+    asyncpg.DataError,
+    asyncpg.NotNullViolationError,
+    asyncpg.CheckViolationError,
+    asyncpg.ProgramLimitExceededError,
+)
+
 
 class Fenced(Exception):
     """Another sink owns a partition: its offset is not where we left it. Nothing was written."""
@@ -46,9 +57,12 @@ async def write(
     """Writes rows and moves offsets (partition to expected and new) together; returns the rows changed.
 
     Raises Fenced when any offset is not the expected one, and what asyncpg raises; either way nothing is
-    written and nothing moved.
+    written and nothing moved. The offsets are touched, and so locked, only when the rows have arrived: from
+    then on a process that freezes is idle in its transaction, and the server ends that (database.py).
     """
     async with connection.transaction():
+        if rows:
+            await connection.copy_records_to_table("staged", records=rows, columns=list(table.columns))
         moved = await connection.fetch(
             "UPDATE sink_offsets AS o SET next_offset = m.new "
             "FROM unnest($3::int[], $4::bigint[], $5::bigint[]) AS m(partition, expected, new) "
@@ -64,8 +78,5 @@ async def write(
             raise Fenced(
                 f"{topic}: offsets of {sorted(set(moves) - {r['partition'] for r in moved})} are not ours"
             )
-        if not rows:
-            return 0
-        await connection.copy_records_to_table("staged", records=rows, columns=list(table.columns))
-        status: str = await connection.execute(table.insert)
+        status: str = await connection.execute(table.insert) if rows else "INSERT 0 0"
         return int(status.rsplit(" ", 1)[1])

@@ -5,15 +5,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import asyncpg
-import psycopg
-import yoyo
+import structlog
 
 import schemas
 from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.kafka import retrying
 from tapedeck.settings import Settings
 
+log = structlog.get_logger()
+
 MIGRATIONS = Path(schemas.__file__).parent / "migrations"
+MIGRATION_S = 3600.0  # an index on a year of quotes takes its time
 LOCK = 7_263_544_911  # any number, the same in every process: one migrates, the others wait
 
 #: Passing troubles of a server that is away or restarting; anything else is told at once.
@@ -34,14 +36,17 @@ WRONG = (
 
 def where(settings: Settings) -> str:
     """Host, port and database, without user and password."""
-    url = urlsplit(settings.database_url.get_secret_value())
-    return f"{url.hostname}:{url.port or 5432}{url.path}"
+    try:
+        url = urlsplit(settings.database_url.get_secret_value())
+        return f"{url.hostname}:{url.port or 5432}{url.path}"
+    except ValueError:
+        return "(several hosts, or not a URL)"
 
 
 async def connect(settings: Settings) -> asyncpg.Connection:
     """One connection, tried until `connect_timeout_s` has passed; raises UsageError, TapedeckError."""
     try:
-        async for attempt in retrying(settings, "PostgreSQL", lambda error: isinstance(error, AWAY)):
+        async for attempt in retrying(settings, "PostgreSQL", _passing):
             with attempt:
                 return await open_connection(settings)
     except WRONG as error:
@@ -49,34 +54,57 @@ async def connect(settings: Settings) -> asyncpg.Connection:
     except AWAY as error:
         raise TapedeckError(
             f"PostgreSQL at {where(settings)} cannot be reached after "
-            f"{settings.connect_timeout_s:g} s (DATABASE_URL): {error}"
+            f"{settings.connect_timeout_s:g} s (DATABASE_URL): {error or 'no answer'}"
         ) from error
     raise AssertionError("retrying ends by returning or raising")
 
 
+def _passing(error: BaseException) -> bool:
+    return isinstance(error, AWAY) and not isinstance(error, WRONG)
+
+
 async def open_connection(settings: Settings) -> asyncpg.Connection:
-    """One attempt; raises what asyncpg raises."""
-    return await asyncpg.connect(settings.database_url.get_secret_value(), timeout=10, command_timeout=60)
+    """One attempt; raises what asyncpg raises.
+
+    The server ends it when it pauses inside a transaction: a process that froze holds nobody up for longer.
+    """
+    return await asyncpg.connect(
+        settings.database_url.get_secret_value(),
+        timeout=10,
+        command_timeout=60,
+        server_settings={"application_name": "tapedeck", "idle_in_transaction_session_timeout": "5s"},
+    )
 
 
 async def prepare(settings: Settings) -> None:
     """Waits for PostgreSQL and migrates it to the newest schema; raises UsageError, TapedeckError."""
     connection = await connect(settings)
-    await connection.close()
     try:
-        await asyncio.to_thread(_migrate, settings.database_url.get_secret_value())
-    except psycopg.Error as error:
-        raise TapedeckError(f"PostgreSQL at {where(settings)} cannot be migrated: {error}") from error
+        await _migrate(connection)
+    except (*AWAY, asyncpg.PostgresError) as error:
+        raise TapedeckError(f"PostgreSQL at {where(settings)} cannot be migrated: {error!r}") from error
+    finally:
+        connection.terminate()
 
 
-def _migrate(url: str) -> None:
-    """yoyo's own lock is a row that a killed process leaves behind; an advisory lock goes with its session."""
-    with psycopg.connect(url) as session:
-        session.execute("SELECT pg_advisory_lock(%s)", (LOCK,))
-        backend = yoyo.get_backend(
-            url.replace("postgres://", "postgresql://").replace("postgresql://", "postgresql+psycopg://", 1)
+async def _migrate(connection: asyncpg.Connection) -> None:
+    """All that is missing in one transaction, and the lock goes with it: a process killed half way leaves
+    nothing behind, neither a lock nor half a schema."""
+    async with connection.transaction():
+        if not await connection.fetchval("SELECT pg_try_advisory_xact_lock($1)", LOCK):
+            log.info("another process migrates the database, waiting for it")
+            await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK, timeout=MIGRATION_S)
+        await connection.execute(
+            "CREATE TABLE IF NOT EXISTS schema_migrations "
+            "(name text PRIMARY KEY, applied timestamptz NOT NULL DEFAULT now())"
         )
-        try:
-            backend.apply_migrations(backend.to_apply(yoyo.read_migrations(str(MIGRATIONS))))
-        finally:
-            backend.connection.close()
+        applied = {row["name"] for row in await connection.fetch("SELECT name FROM schema_migrations")}
+        for name, sql in await asyncio.to_thread(_migrations):
+            if name not in applied:
+                log.info("migrating", name=name)
+                await connection.execute(sql, timeout=MIGRATION_S)
+                await connection.execute("INSERT INTO schema_migrations (name) VALUES ($1)", name)
+
+
+def _migrations() -> list[tuple[str, str]]:
+    return [(file.stem, file.read_text()) for file in sorted(MIGRATIONS.glob("*.sql"))]

@@ -32,6 +32,9 @@ class Settings(BaseSettings):
     kafka_replication_factor: int | None = Field(
         None, ge=1, description="For topics created here; default: 3, or the number of brokers where it is smaller"
     )
+    worker_id: str | None = Field(
+        None, description="Unique to each process and kept over restarts: its partitions come back at once"
+    )
     topic_prefix: str = Field(
         "", description="Put before every topic name and consumer group, to keep lines apart"
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil  # type: ignore[import-untyped]
 import structlog
 
 from tapedeck.errors import TapedeckError, UsageError
@@ -54,6 +55,15 @@ class Child:
     def pid(self) -> int | None:
         process = self._process
         return process.pid if process is not None and process.returncode is None else None
+
+    def usage(self) -> dict[str, float]:
+        """Resident memory in MB and CPU seconds of the process and its children, so far."""
+        if self.pid is None:
+            return {}
+        process = psutil.Process(self.pid)
+        family = [process, *process.children(recursive=True)]
+        cpu = sum(sum(member.cpu_times()[:2]) for member in family)
+        return {"rss_mb": round(sum(m.memory_info().rss for m in family) / 1e6), "cpu_s": round(cpu, 1)}
 
     async def start(self) -> asyncio.Task[None]:
         """Starts it and watches it from then on; the task ends only by failing, or when it is stopped."""

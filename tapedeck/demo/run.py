@@ -37,7 +37,7 @@ from tapedeck import embedded, kafka, logs
 from tapedeck.demo import view
 from tapedeck.demo.children import Child, Spec
 from tapedeck.demo.reconcile import STREAMS, Reconciler, Report, Tables
-from tapedeck.demo.watch import Watch, end_offsets, scrape
+from tapedeck.demo.watch import Watch, end_offsets, healthy, scrape
 from tapedeck.errors import UsageError
 from tapedeck.settings import Settings
 
@@ -108,6 +108,9 @@ class Demo:
         self._hasty = False
         self._http: dict[str, int] = {}
         self._children: dict[str, Child] = {}
+        self._started = time.time()
+        self._line_s: float | None = None
+        self._processes: dict[str, dict[str, float]] = {}
         self._record = folder / ("received.ndjson" if options.live else "sent.ndjson")
 
     async def run(self) -> int:
@@ -115,13 +118,13 @@ class Demo:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._interrupt)
         try:
-            with self._console.status("starting Kafka and PostgreSQL …"):
-                await self._start_services()
-                await kafka.prepare(self._settings)
-            watch = Watch(self._settings)
-            watching = asyncio.create_task(watch.run())
-            tasks = await self._start_line()
             async with aiohttp.ClientSession() as http:
+                with self._console.status("starting Kafka, PostgreSQL and the line …"):
+                    await self._start_services()
+                    tasks = await self._start_readers(http)
+                    watch = Watch(self._settings)
+                    watching = asyncio.create_task(watch.run())
+                    tasks += await self._start_feed()
                 await self._show(watch, http, [*tasks, watching])
             report, complaints = await self._finish(watch)
             watching.cancel()
@@ -155,8 +158,6 @@ class Demo:
             child = Child(name, partial(prepared, prepare), lambda name=name: self._probes[name]())  # type: ignore[misc]
             self._children[name] = child
             await child.start()
-        for name in ("kafka", "postgres"):
-            await self._children[name].wait_ready(START_S)
         self._settings = self._settings.model_copy(
             update={
                 "kafka_bootstrap_servers": addresses["KAFKA_BOOTSTRAP_SERVERS"],
@@ -164,44 +165,65 @@ class Demo:
             }
         )
 
-    async def _start_line(self) -> list[asyncio.Task[None]]:
-        options, settings = self._options, self._settings
-        names = ["feed", "produce", "process", *(f"sink {name}" for name in SINKS)]
-        *http_ports, feed_port = _free_ports(len(names) + 1)
-        self._http = dict(zip(names, http_ports, strict=True))
-        environment = os.environ | {
-            "KAFKA_BOOTSTRAP_SERVERS": settings.kafka_bootstrap_servers,
-            "DATABASE_URL": settings.database_url.get_secret_value(),
-            "LOG_FORMAT": "console",
-            "NO_COLOR": "1",
-        }
-        commands: dict[str, list[str]] = {"process": ["process"]}
-        commands |= {f"sink {name}": ["sink", name] for name in SINKS}
-        if options.live:
-            commands["produce"] = ["produce", "--record", str(self._record)]
-            environment["SYMBOLS"] = ",".join(settings.symbols)
-            del self._http["feed"]
-        else:
-            commands["feed"] = await asyncio.to_thread(self._feed_command, feed_port)
-            commands["produce"] = ["produce"]
-            symbols = self._symbols or settings.symbols
-            environment |= {
-                "POLYGON_WS_URL": f"ws://127.0.0.1:{feed_port}/crypto",
-                "POLYGON_API_KEY": secrets.token_hex(8),
-                "SYMBOLS": ",".join(symbols),
-                "STREAMS": ",".join(STREAMS),
-            }
+    async def _start_readers(self, http: aiohttp.ClientSession) -> list[asyncio.Task[None]]:
+        """Worker and sinks, which wait for Kafka and PostgreSQL themselves; returns when all are well."""
+        names = ["process", *(f"sink {name}" for name in SINKS)]
+        ports = _free_ports(len(names))
         tasks = []
-        for name, arguments in commands.items():
-            spec = Spec(
-                (sys.executable, "-m", "tapedeck", *arguments),
-                self._folder / f"{name.replace(' ', '-')}.log",
-                signal.SIGTERM,
-                {"env": environment | {"HTTP_PORT": str(self._http[name])}},
-            )
-            child = self._children[name] = Child(name, lambda spec=spec: spec)  # type: ignore[misc]
-            tasks.append(await child.start())
+        for name, port in zip(names, ports, strict=True):
+            self._http[name] = port
+            tasks.append(await self._start(name, name.split()))
+        for name in ("kafka", "postgres"):
+            await self._children[name].wait_ready(START_S)
+        await kafka.prepare(self._settings)
+        deadline = time.monotonic() + START_S
+        while not all(await asyncio.gather(*(healthy(http, port) for port in ports))):
+            for task in tasks:
+                if task.done():
+                    task.result()
+            if self._stopping.is_set() or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.1)
         return tasks
+
+    async def _start_feed(self) -> list[asyncio.Task[None]]:
+        """The feed and the producer: nothing is sent before there is somebody to take it."""
+        options = self._options
+        if options.live:
+            self._http = {"produce": _free_ports(1)[0]} | self._http
+            symbols = ",".join(self._settings.symbols)
+            return [await self._start("produce", ["produce", "--record", str(self._record)], SYMBOLS=symbols)]
+        feed_port, *ports = _free_ports(3)
+        self._http = dict(zip(("feed", "produce"), ports, strict=True)) | self._http
+        command = await asyncio.to_thread(self._feed_command, feed_port)
+        return [
+            await self._start("feed", command),
+            await self._start(
+                "produce",
+                ["produce"],
+                POLYGON_WS_URL=f"ws://127.0.0.1:{feed_port}/crypto",
+                POLYGON_API_KEY=secrets.token_hex(8),
+                SYMBOLS=",".join(self._symbols or self._settings.symbols),
+                STREAMS=",".join(STREAMS),
+            ),
+        ]
+
+    async def _start(self, name: str, arguments: list[str], **environment: str) -> asyncio.Task[None]:
+        shared = {
+            "KAFKA_BOOTSTRAP_SERVERS": self._settings.kafka_bootstrap_servers,
+            "DATABASE_URL": self._settings.database_url.get_secret_value(),
+            "HTTP_PORT": str(self._http[name]),
+            "WORKER_ID": "demo",
+            "LOG_FORMAT": "console",
+        }
+        spec = Spec(
+            (sys.executable, "-m", "tapedeck", *arguments),
+            self._folder / f"{name.replace(' ', '-')}.log",
+            signal.SIGTERM,
+            {"env": os.environ | shared | environment},
+        )
+        child = self._children[name] = Child(name, lambda: spec)
+        return await child.start()
 
     _symbols: list[str] | None = None
 
@@ -297,6 +319,7 @@ class Demo:
         """Stops the line from its source on, each part when it has what was on its way, and reconciles."""
         limit = HASTY_DRAIN_S if self._hasty else PATIENT_DRAIN_S
         children = self._children
+        self._processes = {name: child.usage() for name, child in children.items()}
         try:
             async with asyncio.timeout(limit):
                 if "feed" in children and not self._hasty:
@@ -312,6 +335,7 @@ class Demo:
             return None, [f"what was on its way was not stored within {limit:g} s: not reconciled"]
         except (KafkaError, asyncpg.PostgresError, OSError) as error:
             return None, [f"not reconciled: {error}"]
+        self._line_s = time.time() - watch.first_recv_ns / NS_PER_S if watch.first_recv_ns else None
         with self._console.status("reconciling …"):
             report = await self._reconcile(watch)
         streams = await asyncio.to_thread(_streams_in, self._options.frames) if self._options.frames else STREAMS
@@ -401,7 +425,13 @@ class Demo:
         if not complaints:
             self._console.print("OK: every event is accounted for and every final bar is right")
         if self._options.as_json:
-            print(orjson.dumps(_result(report, complaints, p50, p99)).decode(), flush=True)
+            result = _result(report, complaints, p50, p99)
+            result["first_bar_s"] = watch.first_bar_s and round(watch.first_bar_s - self._started, 1)
+            result["gaps"] = _gaps(watch)
+            result["started_at"] = self._started
+            result["line_s"] = self._line_s and round(self._line_s, 3)
+            result["processes"] = self._processes
+            print(orjson.dumps(result).decode(), flush=True)
         return 1 if complaints else 0
 
 
@@ -431,10 +461,24 @@ def _result(report: Report | None, complaints: list[str], p50: float | None, p99
     }
 
 
+def _gaps(watch: Watch) -> list[dict[str, Any]]:
+    """The marked gaps, each once though every partition has it: in ns, the widest of them."""
+    found: dict[tuple[int, str, int], dict[str, Any]] = {}
+    for gap in watch.gaps.values():
+        if gap.from_ is not None:
+            one = found.setdefault(
+                (gap.epoch, gap.reason, gap.to),
+                {"reason": gap.reason, "from": gap.from_, "to": gap.to},
+            )
+            one["from"] = min(one["from"], gap.from_)
+    return sorted(found.values(), key=lambda gap: gap["to"])
+
+
 async def _fetch(connection: asyncpg.Connection) -> Tables:
     """The tables as the reconciler wants them."""
     trades = await connection.fetch(
-        "SELECT symbol, exchange, trade_id, ts_event, price, size, side, 'too_late' = ANY(flags) FROM crypto_trades"
+        "SELECT symbol, exchange, trade_id, ts_event, price, size, side, 'too_late' = ANY(flags) "
+        "FROM crypto_trades"
     )
     quotes = await connection.fetch(
         "SELECT symbol, ts_event, bid_price, bid_size, ask_price, ask_size, exchange FROM crypto_quotes"

@@ -54,6 +54,8 @@ class Watch:
         self._rated = time.monotonic()
         self._positions: dict[TopicPartition, int] = {}
         self._since_ns = time.time_ns()
+        self.first_recv_ns = 0
+        self.first_bar_s: float | None = None
 
     async def run(self) -> None:
         """Reads until cancelled; troubles of Kafka are waited out."""
@@ -97,6 +99,7 @@ class Watch:
                     self.price[trade.symbol] = trade.price
                     self._counts[trade.symbol] += 1
                     if trade.ts_recv > self._since_ns:  # not what an earlier run left in the folder
+                        self.first_recv_ns = self.first_recv_ns or trade.ts_recv
                         self.latencies_ms.append((now - trade.ts_recv) / events.NS_PER_MS)
                 case topics.QUOTES.name:
                     quote = _decode_quote(value)
@@ -104,6 +107,7 @@ class Watch:
                 case topics.BARS_1M.name:
                     bar = events.decode_bar(value)
                     if isinstance(bar, events.Bar):
+                        self.first_bar_s = self.first_bar_s or time.time()
                         held = self.bar.get(bar.symbol)
                         if held is None or (bar.start, bar.revision) >= (held.start, held.revision):
                             self.bar[bar.symbol] = bar
@@ -156,6 +160,15 @@ async def end_offsets(settings: Settings, wanted: tuple[topics.Topic, ...]) -> d
         return ends
     finally:
         await consumer.stop()
+
+
+async def healthy(http: aiohttp.ClientSession, port: int) -> bool:
+    """Whether a process says that it is well."""
+    try:
+        async with http.get(f"http://127.0.0.1:{port}/health", timeout=aiohttp.ClientTimeout(1)) as answer:
+            return answer.status == 200
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return False
 
 
 async def scrape(http: aiohttp.ClientSession, port: int) -> dict[str, float]:
