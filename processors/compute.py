@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
-from processors.pipeline import Output, Pipeline
+from processors.pipeline import RUN_IN_RECORDS, Output, Pipeline
 from processors.settings import PipelineSettings
 from schemas import topics
 from schemas.raw import RawRecord
@@ -32,9 +32,9 @@ def compute(
         for offset, record in records:
             pipeline = pipelines.get(record.partition)
             if pipeline is None:
-                pipeline = pipelines[record.partition] = Pipeline(record.partition, settings, offset > 0)
+                run_in = RUN_IN_RECORDS if offset else 0
+                pipeline = pipelines[record.partition] = Pipeline(record.partition, settings, run_in)
             write(pipeline.process(record))
-            pipeline.lenient = False
         if close:
             for _, pipeline in sorted(pipelines.items()):
                 write(pipeline.close())

@@ -43,15 +43,14 @@ class Output(NamedTuple):
 
 
 class Pipeline:
-    """The state of one partition. `lenient` takes up a log in its middle (see ResendFilter)."""
+    """The state of one partition. `run_in` takes up a log in its middle (see ResendFilter)."""
 
-    def __init__(self, partition: int, settings: PipelineSettings, lenient: bool = False) -> None:
+    def __init__(self, partition: int, settings: PipelineSettings, run_in: int = 0) -> None:
         self.partition = partition
-        self.lenient = lenient
         self.counts: Counter[str] = Counter()
         self._settings = settings
         self._fingerprint = settings.fingerprint()
-        self._filter = ResendFilter()
+        self._filter = ResendFilter(run_in)
         self._repeats = Repeats(settings.lateness_ns)
         self._bars = Bars(settings.lateness_ns, settings.grace_ns, self._fingerprint)
         self._tick: int | None = None
@@ -70,9 +69,14 @@ class Pipeline:
         """The last tick, ns: the partition's watermark."""
         return self._tick
 
+    @property
+    def taken_ms(self) -> int | None:
+        """The timestamp of the last record that was taken, ms: nothing in the state is newer."""
+        return self._filter.last_ms
+
     def process(self, record: RawRecord) -> list[Output]:
         """The outputs of the next record of the log."""
-        verdict, hole_ms = self._filter.judge(record, self.lenient)
+        verdict, hole = self._filter.judge(record)
         self.counts[verdict] += 1
         if verdict != "take":
             return []
@@ -81,8 +85,9 @@ class Pipeline:
         at = record.timestamp_ms * NS_PER_MS
         if self._tick is None:
             self._tick = at - at % NS_PER_S
-        if hole_ms is not None:
-            since, streams = hole_ms * NS_PER_MS, list(wire.STREAMS)
+        if hole is not None:
+            since = None if hole.since_ms is None else hole.since_ms * NS_PER_MS
+            streams = list(wire.STREAMS)
             self._note(Gap(since, at, streams, ["*"], "hole", record.epoch, self.partition, record.n))
         match record.kind:
             case "slice":

@@ -160,7 +160,6 @@ class Processor:
             return pipeline.foreign(message.value or b"", timestamp_ms, str(error))
         before = dict(pipeline.counts)
         outputs = pipeline.process(raw)
-        pipeline.lenient = False
         for name, count in pipeline.counts.items():
             added = count - before.get(name, 0)
             if added:

@@ -70,7 +70,7 @@ class Sink:
             enable_auto_commit=False,
             auto_offset_reset="none",
             session_timeout_ms=6_000,  # how long a killed sink's partitions wait; brokers allow no less
-            heartbeat_interval_ms=2_000,
+            heartbeat_interval_ms=1_000,  # and how long the others may not know of a rebalance
             fetch_max_wait_ms=50,
             max_partition_fetch_bytes=max(self._table.topic.max_message_bytes, 1024**2),
         )
@@ -203,6 +203,9 @@ class Sink:
 
     async def _trouble(self, what: str, error: BaseException) -> None:
         """Something is away or said no: nothing was written, so go back and try again."""
+        error = (
+            error.__context__ or error
+        )  # asyncpg's last complaint about a lost connection hides why it was lost
         if not (self._shell.health[self._table.name] or "").startswith(what):
             log.warning(f"trouble with {what}: the rows wait in Kafka", table=self._table.name, error=repr(error))
         self._shell.health[self._table.name] = f"{what}: {error!r}"

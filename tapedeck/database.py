@@ -18,13 +18,16 @@ MIGRATIONS = Path(schemas.__file__).parent / "migrations"
 MIGRATION_S = 3600.0  # an index on a year of quotes takes its time
 LOCK = 7_263_544_911  # any number, the same in every process: one migrates, the others wait
 
-#: Passing troubles of a server that is away or restarting; anything else is told at once.
+#: Passing troubles of a server that is away, restarting or full, and what asyncpg says of a connection that
+#: it lost; anything else is told at once.
 AWAY = (
     OSError,
     TimeoutError,
     asyncpg.PostgresConnectionError,
-    asyncpg.CannotConnectNowError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
 )
 WRONG = (
     asyncpg.InvalidAuthorizationSpecificationError,
@@ -51,7 +54,7 @@ async def connect(settings: Settings) -> asyncpg.Connection:
                 return await open_connection(settings)
     except WRONG as error:
         raise UsageError(f"PostgreSQL at {where(settings)} refuses us (DATABASE_URL): {error}") from error
-    except AWAY as error:
+    except (*AWAY, asyncpg.PostgresError) as error:
         raise TapedeckError(
             f"PostgreSQL at {where(settings)} cannot be reached after "
             f"{settings.connect_timeout_s:g} s (DATABASE_URL): {error or 'no answer'}"

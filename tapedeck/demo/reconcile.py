@@ -24,9 +24,10 @@ _VWAP = Context(prec=12, rounding=ROUND_HALF_EVEN)
 
 
 class SentLine(msgspec.Struct):
-    """A line of the feed's record: a frame, and market time when it was sent."""
+    """A line of the feed's record: a frame, or bytes that are none, and market time when it was sent."""
 
     frame: msgspec.Raw = msgspec.Raw()
+    base64: bytes = b""
     clock_ns: int = 0
 
 
@@ -149,13 +150,14 @@ class Reconciler:
     def line(self, text: bytes) -> None:
         """One line of the feed's record."""
         line = _decode_line(text)
+        data = line.base64 or bytes(line.frame)
         try:
-            parts = wire.split_array(line.frame)
+            parts = wire.split_array(data)
         except wire.DECODE_ERRORS:
-            self._unparsed("bad", bytes(line.frame))
+            self._unparsed(data)
             return
         try:
-            messages: list[Any] = wire.decode_slice(line.frame)
+            messages: list[Any] = wire.decode_slice(data)
         except wire.DECODE_ERRORS:
             messages = [_message(part) for part in parts]
         for message in messages:
@@ -167,7 +169,7 @@ class Reconciler:
 
     def _copy(self, message: Any, part: msgspec.Raw, sent_ns: int) -> None:
         if isinstance(message, str):
-            self._unparsed(message, bytes(part))
+            self._unparsed(bytes(part))
             return
         stream = "XA" if isinstance(message, wire.XA) else type(message).__name__
         self._report.sent[stream] += 1
@@ -231,7 +233,7 @@ class Reconciler:
         report.left_over[stream] += 1
         report.examples.append(f"left over: {data[:200].decode(errors='replace')}")
 
-    def _unparsed(self, reason: str, data: bytes) -> None:
+    def _unparsed(self, data: bytes) -> None:
         """Bytes that are no event: they must be in the dead letters, whole."""
         self._report.sent["other"] += 1
         self._elsewhere("other", data, "", 0)

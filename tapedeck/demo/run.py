@@ -38,7 +38,7 @@ from tapedeck.demo import view
 from tapedeck.demo.children import Child, Spec
 from tapedeck.demo.reconcile import STREAMS, Reconciler, Report, Tables
 from tapedeck.demo.watch import Watch, end_offsets, healthy, scrape
-from tapedeck.errors import UsageError
+from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.settings import Settings
 
 log = structlog.get_logger()
@@ -46,7 +46,8 @@ log = structlog.get_logger()
 SINKS = ("trades", "quotes", "bars")
 START_S = 120.0
 PATIENT_DRAIN_S = 300.0  # a run that ends by itself waits for what is on its way
-HASTY_DRAIN_S = 2.0  # Ctrl+C does not: all of it has 5 s
+QUIET_S = 3.0
+HASTY_DRAIN_S = 2.5  # Ctrl+C does not: all of it has 5 s
 
 
 class DemoOptions(NamedTuple):
@@ -78,8 +79,10 @@ def run(settings: Settings, options: DemoOptions) -> int:
         raise UsageError(f"another demo runs on {folder}; give this one another --data-dir")
     try:
         result = asyncio.run(Demo(settings, options, folder).run())
-    except KeyboardInterrupt:
-        result = 130
+    except TapedeckError as error:
+        if options.as_json:
+            print(orjson.dumps(_result(None, [str(error)], None, None)).decode(), flush=True)
+        raise
     finally:
         lock.release()
     if options.data_dir is None:
@@ -328,30 +331,32 @@ class Demo:
                     await children["feed"].stop(1.0)
                 await children["produce"].stop(4.0)
                 await self._processed()
-                await watch.caught_up()
-                await children["process"].stop(3.0)
-                await self._stored()
+                await asyncio.gather(children["process"].stop(1.0), watch.caught_up(), self._stored())
         except TimeoutError:
             return None, [f"what was on its way was not stored within {limit:g} s: not reconciled"]
         except (KafkaError, asyncpg.PostgresError, OSError) as error:
             return None, [f"not reconciled: {error}"]
         self._line_s = time.time() - watch.first_recv_ns / NS_PER_S if watch.first_recv_ns else None
         with self._console.status("reconciling …"):
-            report = await self._reconcile(watch)
+            report, _ = await asyncio.gather(self._reconcile(watch), self._stop("postgres"))
         streams = await asyncio.to_thread(_streams_in, self._options.frames) if self._options.frames else STREAMS
         return report, report.complaints(streams)
 
     async def _received(self) -> None:
-        """Waits until the producer has everything that the feed sent."""
+        """Waits until the producer has what the feed sent: as many events, or, when it was away for some,
+        no new ones for a while."""
         async with aiohttp.ClientSession() as http:
-            before = -1.0
-            while True:
-                numbers = await scrape(http, self._http["produce"])
-                frames = numbers.get("tapedeck_producer_frames_total", 0)
-                if frames == before and not numbers.get("tapedeck_producer_outbox_records"):
+            seen, since = -1.0, time.monotonic()
+            while time.monotonic() - since < QUIET_S:
+                feed, producer = await asyncio.gather(
+                    scrape(http, self._http["feed"]), scrape(http, self._http["produce"])
+                )
+                received = producer.get("tapedeck_producer_events_total", 0)
+                if received and received == feed.get("tapedeck_feed_events_total"):
                     return
-                before = frames
-                await asyncio.sleep(0.2)
+                if received != seen:
+                    seen, since = received, time.monotonic()
+                await asyncio.sleep(0.1)
 
     async def _processed(self) -> None:
         ends = await end_offsets(self._settings, (topics.RAW,))
@@ -408,11 +413,12 @@ class Demo:
 
     async def _stop_everything(self) -> None:
         """Whatever still runs, in order; nothing is left behind."""
-        order = ["feed", "produce", "process", *(f"sink {name}" for name in SINKS)]
-        line = [self._children[name] for name in order if name in self._children]
-        services = [self._children[name] for name in ("kafka", "postgres") if name in self._children]
-        for part in (line, services):
-            await asyncio.gather(*(child.stop(1.0) for child in part))
+        await self._stop("kafka", "postgres")
+        await self._stop()
+
+    async def _stop(self, *spared: str) -> None:
+        children = [child for name, child in self._children.items() if name not in spared]
+        await asyncio.gather(*(child.stop(1.0) for child in children))
 
     def _verdict(self, watch: Watch, report: Report | None, complaints: list[str]) -> int:
         p50, p99 = watch.percentiles_ms()

@@ -1,0 +1,62 @@
+"""The settings of one simulator."""
+
+import math
+import re
+from pathlib import Path
+
+import msgspec
+
+DEFAULT_SYMBOLS = ("BTC-USD", "ETH-USD", "SOL-USD", "MATIC-USD", "AVAX-USD")
+MAX_SPEED = math.inf
+
+_SYMBOL = re.compile(r"[A-Z0-9]+-[A-Z0-9]+")
+
+
+class SimulatorConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What to play, how fast, for whom; raises ValueError where a value makes no sense."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+
+    port: int = 0
+    """Port to listen on; 0 takes a free one, which `serve` reports."""
+
+    keys: frozenset[str] = frozenset()
+    """The API keys that are accepted; when empty, any key is."""
+
+    auth_timeout_s: float = 10.0
+    """Wall seconds a client has for authenticating before it gets `auth_timeout` and is closed."""
+
+    frames: Path | None = None
+    """A frames file (.gz or plain) to play; None plays the synthetic market."""
+
+    seed: int = 1
+    """Seed of the synthetic market: the same seed, symbols and start give the same bytes."""
+
+    symbols: tuple[str, ...] = DEFAULT_SYMBOLS
+    """Pairs of the synthetic market, busiest first; of four or more the last two are quiet."""
+
+    start_ns: int | None = None
+    """Where the synthetic market's time begins (ns since the epoch); None is 24 hours before now."""
+
+    speed: float = 1.0
+    """Market seconds per wall second; `MAX_SPEED` is as fast as the clients take it."""
+
+    seconds: float | None = None
+    """Stop sending this many wall seconds after the first subscription; None never does."""
+
+    record: Path | None = None
+    """A frames file to append what was sent to; None keeps no record."""
+
+    def __post_init__(self) -> None:
+        if not self.speed > 0:
+            raise ValueError(f"speed must be above 0, or inf for as fast as it goes; it is {self.speed}")
+        if self.record is not None and self.record == self.frames:
+            raise ValueError(f"record and frames are the same file, {self.record}: it would play without end")
+        if not self.symbols:
+            raise ValueError("symbols must name at least one pair, like BTC-USD")
+        for symbol in self.symbols:
+            if not _SYMBOL.fullmatch(symbol):
+                raise ValueError(f"{symbol!r} is not a pair like BTC-USD")
+        if len(set(self.symbols)) < len(self.symbols):
+            raise ValueError(f"symbols must not repeat a pair: {','.join(self.symbols)}")

@@ -1,0 +1,707 @@
+"""Sinks on a real Kafka and a real PostgreSQL: each event once, whatever dies."""
+
+import asyncio
+import contextlib
+import inspect
+import itertools
+import os
+import re
+import signal
+import socket
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from functools import partial
+from typing import Any
+
+import asyncpg
+import msgspec
+import pytest
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from conftest import Process, Publish, Servers, Spawn, until
+from prometheus_client import REGISTRY
+from pydantic import SecretStr
+
+from schemas import events, topics
+from schemas.events import MINUTE_NS, NS_PER_MS
+from sinks import service, tables, writer
+from tapedeck import database
+from tapedeck.errors import TapedeckError, UsageError
+from tapedeck.settings import Settings
+from tapedeck.shell import Shell
+
+START_NS = 1_723_161_240_000_000_000  # a whole minute
+D = Decimal
+SYMBOLS = ["BTC-USD", "ETH-USD"]
+
+
+def trade(n: int, partition: int = 0, **changes: Any) -> events.Trade:
+    made = events.Trade(
+        symbol="BTC-USD",
+        ts_event=START_NS + n * NS_PER_MS,
+        ts_recv=START_NS + n * NS_PER_MS + 1,
+        ts_vendor=None,
+        price=D("61000.1"),
+        size=D(1),
+        side="buy",
+        exchange=1,
+        trade_id=f"{partition}-{n}",
+        conditions=[],
+        flags=[],
+        epoch=1,
+        partition=partition,
+        n=n,
+    )
+    return msgspec.structs.replace(made, **changes)
+
+
+def quote(n: int, partition: int = 0, **changes: Any) -> events.Quote:
+    made = events.Quote(
+        symbol="BTC-USD",
+        ts_event=START_NS + n * NS_PER_MS,
+        ts_recv=START_NS + n * NS_PER_MS + 1,
+        bid_price=D("61000"),
+        bid_size=D(1),
+        ask_price=D("61000.1"),
+        ask_size=D(2),
+        exchange=1,
+        epoch=1,
+        partition=partition,
+        n=n,
+    )
+    return msgspec.structs.replace(made, **changes)
+
+
+def vendor_bar(n: int, **changes: Any) -> events.VendorBar:
+    made = events.VendorBar(
+        symbol="BTC-USD",
+        interval="1m",
+        start=START_NS,
+        end=START_NS + MINUTE_NS,
+        ts_recv=START_NS + MINUTE_NS + 1,
+        open=D(1),
+        high=D(3),
+        low=D(1),
+        close=D(2),
+        volume=D(4),
+        vwap=None,
+        epoch=1,
+        partition=0,
+        n=n,
+    )
+    return msgspec.structs.replace(made, **changes)
+
+
+def bar(repair: int = 0, revision: int = 0, **changes: Any) -> events.Bar:
+    made = events.Bar(
+        symbol="BTC-USD",
+        interval="1m",
+        start=START_NS,
+        end=START_NS + MINUTE_NS,
+        open=D(1),
+        high=D(3),
+        low=D(1),
+        close=D(2),
+        volume=D(4),
+        vwap=D("1.5"),
+        trade_count=4,
+        buy_volume=D(3),
+        sell_volume=D(1),
+        status="final",
+        repair=repair,
+        revision=revision,
+        flags=[],
+        missing_ns=0,
+        quality=D(1),
+        source="trades",
+        fingerprint="f",
+    )
+    return msgspec.structs.replace(made, **changes)
+
+
+MARKER = events.MinuteClosed(partition=0, end=START_NS + MINUTE_NS, fingerprint="f")
+
+
+@pytest.fixture
+async def db(settings: Settings) -> AsyncIterator[asyncpg.Connection]:
+    """A connection to the test's migrated database."""
+    await database.prepare(settings)
+    connection = await asyncpg.connect(settings.database_url.get_secret_value())
+    yield connection
+    await connection.close()
+
+
+@contextlib.asynccontextmanager
+async def sinking(settings: Settings, name: str = "all", **others: Any) -> AsyncIterator[Shell]:
+    """`tapedeck sink NAME` in this process, stopped in order at the end; an error of its own comes out here."""
+    shell = Shell(settings.model_copy(update=others), f"sink {name}")
+    task = asyncio.create_task(service.run(shell, name))
+    try:
+        yield shell
+    finally:
+        shell.stopping.set()
+        await task
+
+
+async def offsets(db: asyncpg.Connection, table: tables.Table) -> dict[int, int]:
+    found = await db.fetch("SELECT partition, next_offset FROM sink_offsets WHERE sink = $1", table.name)
+    return {row["partition"]: row["next_offset"] for row in found}
+
+
+async def reaches(db: asyncpg.Connection, table: tables.Table, records: int, timeout_s: float = 20) -> None:
+    """Waits until the sink has taken so many records."""
+
+    async def taken() -> bool:
+        return sum((await offsets(db, table)).values()) >= records
+
+    await until(taken, timeout_s)
+
+
+async def stored(db: asyncpg.Connection, table: tables.Table) -> list[dict[str, Any]]:
+    return [dict(row) for row in await db.fetch(f"SELECT * FROM {table.name}")]
+
+
+async def places(db: asyncpg.Connection, table: tables.Table) -> set[tuple[int, int]]:
+    """(partition, n) of every row."""
+    return {tuple(row) for row in await db.fetch(f"SELECT partition, n FROM {table.name}")}
+
+
+def counted(name: str, table: tables.Table) -> float:
+    return REGISTRY.get_sample_value(f"tapedeck_sink_{name}_total", {"table": table.name}) or 0.0
+
+
+def row_of(event: Any) -> dict[str, Any]:
+    """What the table must hold; decimals as text, so that 1.50 is not 1.5."""
+    ns = event.ts_event if isinstance(event, events.Trade | events.Quote) else event.start
+    time = datetime.fromtimestamp(ns // 10**9, UTC) + timedelta(microseconds=ns % 10**9 // 1000)
+    return texts({"time": time, **msgspec.structs.asdict(event)})
+
+
+def texts(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: format(value, "f") if isinstance(value, Decimal) else value for name, value in row.items()}
+
+
+# -- what is stored -------------------------------------------------------------------------------
+
+
+async def test_rows_are_the_events_value_by_value(
+    settings: Settings, publish: Publish, db: asyncpg.Connection
+) -> None:
+    sent: dict[tables.Table, list[Any]] = {
+        tables.TRADES: [
+            trade(0, price=D("1000000000"), size=D("0.000000000000000001")),
+            trade(1, price=D("0.00000001"), size=D("100000000000000000000"), side="unknown", exchange=0),
+            trade(2**53 + 1, ts_event=START_NS + 999, ts_vendor=START_NS + 1, ts_recv=2**62),
+            trade(3, trade_id='🚀 "', conditions=[1, 2], flags=["late"], symbol="ETH-USD"),
+        ],
+        tables.QUOTES: [quote(0), quote(1, bid_size=None, ask_size=None, exchange=None, bid_price=D("1E-18"))],
+        tables.VENDOR_BARS: [vendor_bar(0), vendor_bar(1, vwap=D("1.23456789012"))],
+        tables.BARS: [bar(), bar(2, 3, symbol="ETH-USD", flags=["partial", "late"], quality=D("0.9833"))],
+    }
+    for table, made in sent.items():
+        await publish(table.topic, 3, made)
+    async with sinking(settings):
+        for table, made in sent.items():
+            await reaches(db, table, len(made))
+    for table, made in sent.items():
+        rows = sorted(map(texts, await stored(db, table)), key=repr)
+        assert rows == sorted(map(row_of, made), key=repr)
+
+
+async def test_a_repeated_record_changes_nothing_and_is_counted(
+    settings: Settings, publish: Publish, db: asyncpg.Connection
+) -> None:
+    made = {
+        tables.TRADES: trade(0),
+        tables.QUOTES: quote(0),
+        tables.VENDOR_BARS: vendor_bar(0),
+        tables.BARS: bar(),
+    }
+    before = {table: (counted("rows", table), counted("duplicates", table)) for table in made}
+    async with sinking(settings):
+        for table, event in made.items():
+            await publish(table.topic, 0, [event] * 3)
+            await reaches(db, table, 3)
+            await publish(table.topic, 0, [event])  # in a batch of its own
+            await reaches(db, table, 4)
+    for table, event in made.items():
+        assert list(map(texts, await stored(db, table))) == [row_of(event)]
+        rows, duplicates = before[table]
+        assert (counted("rows", table) - rows, counted("duplicates", table) - duplicates) == (1, 3)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 7, 5000])
+async def test_a_bar_is_replaced_only_by_a_higher_order(
+    settings: Settings, publish: Publish, db: asyncpg.Connection, batch_rows: int
+) -> None:
+    orders = [(0, 0), (0, 2), (1, 0), (1, 1)]
+    arrivals = list(itertools.permutations(orders))
+    records: list[Any] = []
+    for number, arrival in enumerate(arrivals):
+        made = [bar(*order, symbol=f"{number}-USD", volume=D(10 * order[0] + order[1] + 1)) for order in arrival]
+        records += [*made, MARKER]
+    await publish(topics.BARS_1M, 0, records)
+    async with sinking(settings, "bars", sink_batch_rows=batch_rows):
+        await reaches(db, tables.BARS, len(records))
+    rows = await stored(db, tables.BARS)
+    assert len(rows) == len(arrivals)  # and so no marker
+    assert {(row["repair"], row["revision"], row["volume"]) for row in rows} == {(1, 1, D(12))}
+
+
+GOOD = events.encode(trade(0))
+BAD: dict[str, bytes | None] = {
+    "null": None,
+    "not JSON": b"{",
+    "not UTF-8": GOOD.replace(b"0-0", b"\xff"),
+    "not a trade": b'{"kind":"minute_closed"}',
+    "NUL in a text": GOOD.replace(b"0-0", b"\\u0000"),
+    "a number too large": GOOD.replace(b'"n":0', b'"n":9223372036854775808'),
+    "an exchange too large": GOOD.replace(b'"exchange":1', b'"exchange":2147483648'),
+    "a time no calendar has": GOOD.replace(b'"ts_event":', b'"ts_event":9999'),
+    "a decimal too small": GOOD.replace(b'"size":1', b'"size":1e-99999'),
+    "a key too long": GOOD.replace(b"0-0", os.urandom(9000).hex().encode()),
+    "a nesting bomb": GOOD.replace(b'"n":0', b'"n":0,"new":' + b"[" * 100_000 + b"]" * 100_000),
+}
+
+
+async def test_a_record_that_makes_no_row_is_counted_and_passed_over(
+    settings: Settings, publish: Publish, db: asyncpg.Connection
+) -> None:
+    before = counted("undecodable", tables.TRADES)
+    values = [value for n, bad in enumerate(BAD.values()) for value in (trade(2 * n), bad, trade(2 * n + 1))]
+    await publish(topics.TRADES, 5, values)
+    async with sinking(settings, "trades"):
+        await reaches(db, tables.TRADES, len(values))
+    assert {n for _, n in await places(db, tables.TRADES)} == set(range(2 * len(BAD)))
+    assert counted("undecodable", tables.TRADES) - before == len(BAD)
+
+
+# -- whatever dies --------------------------------------------------------------------------------
+
+
+class Load:
+    """Publishes quotes over all partitions, a few at a time, until it is told to stop."""
+
+    def __init__(self, publish: Publish) -> None:
+        self.sent: set[tuple[int, int]] = set()
+        self._publish = publish
+        self._numbers = itertools.count()
+
+    async def burst(self, each: int = 25) -> None:
+        for partition in range(topics.PARTITIONS):
+            made = [quote(n, partition) for n in itertools.islice(self._numbers, each)]
+            await self._publish(topics.QUOTES, partition, made)
+            self.sent |= {(partition, q.n) for q in made}
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        enough = asyncio.Event()
+
+        async def run() -> None:
+            while not enough.is_set():
+                await self.burst()
+                await asyncio.sleep(0.05)
+
+        task = asyncio.create_task(run())
+        try:
+            yield
+        finally:
+            enough.set()
+            await task
+
+
+@pytest.fixture
+def load(publish: Publish) -> Load:
+    return Load(publish)
+
+
+async def all_once(db: asyncpg.Connection, load: Load, timeout_s: float = 20) -> None:
+    """Every quote is, or soon will be, in the table, and nothing else: its key allows each only once."""
+
+    async def complete() -> bool:
+        return int(await db.fetchval("SELECT count(*) FROM crypto_quotes")) >= len(load.sent)
+
+    await until(complete, timeout_s)
+    assert await places(db, tables.QUOTES) == load.sent
+    assert sum((await offsets(db, tables.QUOTES)).values()) == len(load.sent)
+
+
+async def rows_taken(process: Process) -> float:
+    """How many rows a sink process has written, as its metrics say."""
+    found = re.search(r'"address": "(http[^"]+)"', process.log.read_text())
+    if not found:
+        return 0
+    body = await asyncio.to_thread(
+        lambda: urllib.request.urlopen(f"{found[1]}/metrics", timeout=5).read().decode()
+    )
+    counts = re.findall(r"^tapedeck_sink_rows_total{.*} (.*)$", body, re.MULTILINE)
+    return sum(map(float, counts))
+
+
+async def test_two_sinks_share_the_partitions_and_either_may_freeze_or_die(
+    load: Load, db: asyncpg.Connection, spawn: Spawn
+) -> None:
+    first, second = spawn("sink", "quotes"), spawn("sink", "quotes")
+
+    async def both_write() -> bool:
+        return bool(await rows_taken(first) and await rows_taken(second))
+
+    async with load.running():
+        await until(both_write)
+        first.popen.send_signal(signal.SIGSTOP)
+    await all_once(db, load)  # the other has taken over
+    first.popen.send_signal(signal.SIGCONT)
+    before = await rows_taken(first)
+
+    async def first_writes() -> bool:
+        return await rows_taken(first) > before
+
+    async with load.running():
+        await until(first_writes)
+        second.popen.kill()
+    await all_once(db, load)
+
+
+async def test_sinks_may_come_and_go_under_load(settings: Settings, load: Load, db: asyncpg.Connection) -> None:
+    async with load.running(), sinking(settings, "quotes"):
+        for _ in range(2):
+            async with sinking(settings, "quotes"), sinking(settings, "quotes"):
+                await asyncio.sleep(0.4)
+    async with sinking(settings, "quotes"):
+        await all_once(db, load)
+
+
+async def rows_and_offsets(db: asyncpg.Connection) -> tuple[int, int]:
+    """Both as one moment has them."""
+    row = await db.fetchrow(
+        "SELECT (SELECT count(*) FROM crypto_quotes), (SELECT coalesce(sum(next_offset), 0) FROM sink_offsets)"
+    )
+    assert row is not None
+    return int(row[0]), int(row[1])
+
+
+@pytest.mark.parametrize("held", ["sink_offsets", "crypto_quotes"])
+async def test_rows_and_offsets_move_together_though_the_server_ends_connections(
+    settings: Settings, load: Load, db: asyncpg.Connection, held: str
+) -> None:
+    """A lock on one table holds the sink up in its transaction, before or after the offsets moved."""
+    before = counted("errors", tables.QUOTES)
+    async with sinking(settings, "quotes"):
+        for _ in range(3):
+            await load.burst()
+            await all_once(db, load)
+            assert await rows_and_offsets(db) == (len(load.sent), len(load.sent))
+            async with db.transaction():
+                await db.execute(f"LOCK TABLE {held} IN SHARE MODE")
+                await load.burst()
+                await until(partial(db.fetchval, _ENDED_WAITING))
+                rows, moved = await rows_and_offsets(db)
+                assert rows == moved < len(load.sent)
+        await all_once(db, load)
+    assert counted("errors", tables.QUOTES) - before >= 3
+
+
+_ENDED_WAITING = """
+    SELECT bool_or(pg_terminate_backend(pid)) FROM pg_stat_activity
+    WHERE datname = current_database() AND application_name = 'tapedeck' AND wait_event_type = 'Lock'
+"""
+
+
+async def test_nothing_is_lost_when_the_database_is_killed_under_load(
+    settings: Settings, load: Load, db: asyncpg.Connection, servers: Servers
+) -> None:
+    if servers.database is None:
+        pytest.skip("the database is not ours to kill")
+    async with sinking(settings, "quotes") as shell:
+        async with load.running():
+            await reaches(db, tables.QUOTES, 1)
+            await asyncio.to_thread(servers.database.kill)
+            try:
+                await until(lambda: says(shell, "database: "))
+            finally:
+                await asyncio.to_thread(servers.database.restart)
+        again = await asyncpg.connect(settings.database_url.get_secret_value())
+        await all_once(again, load)
+        await again.close()
+        assert shell.health["crypto_quotes"] is None
+
+
+async def says(shell: Shell, complaint: str) -> bool:
+    return any((part or "").startswith(complaint) for part in shell.health.values())
+
+
+async def test_a_writer_that_freezes_inside_its_transaction_holds_nobody_up_for_long(
+    settings: Settings, publish: Publish, db: asyncpg.Connection
+) -> None:
+    async with sinking(settings, "quotes"):
+        await publish(topics.QUOTES, 0, [quote(0)])
+        await reaches(db, tables.QUOTES, 1)
+        frozen = await database.open_connection(settings)
+        await frozen.execute("BEGIN; UPDATE sink_offsets SET next_offset = next_offset")
+        await publish(topics.QUOTES, 0, [quote(1)])
+        await reaches(db, tables.QUOTES, 2)
+    frozen.terminate()
+
+
+# -- zombies --------------------------------------------------------------------------------------
+
+
+def unguarded(write: Callable[..., Any]) -> Callable[..., Any]:
+    """The same without the condition that the offset is the expected one."""
+    guard = " AND o.next_offset = m.expected"
+    source = inspect.getsource(write)
+    assert guard in source
+    namespace = dict(vars(writer))
+    exec(source.replace(guard, ""), namespace)
+    return namespace["write"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("zombie_is_at", "zombie_brings"),
+    [(0, [0, 1]), (5, [5])],
+    ids=["behind", "ahead, for the database was set back to a backup"],
+)
+async def test_a_zombie_writes_nothing_and_without_the_guard_it_would(
+    settings: Settings, db: asyncpg.Connection, zombie_is_at: int, zombie_brings: list[int]
+) -> None:
+    """What must hold: the rows are those of the records before the offset, no more and no less."""
+    topic = settings.topic_prefix + topics.QUOTES.name
+    owner, zombie = [await database.open_connection(settings) for _ in range(2)]
+    for connection in (owner, zombie):
+        await writer.stage(connection, tables.QUOTES)
+    assert await writer.offsets(owner, tables.QUOTES, topic, [0]) == {0: 0}
+
+    async def write(how: Callable[..., Any], connection: asyncpg.Connection, at: int, numbers: list[int]) -> None:
+        rows = tables.QUOTES.rows([events.encode(quote(n)) for n in numbers])
+        await how(connection, tables.QUOTES, topic, rows, {0: (at, at + len(numbers))})
+
+    async def sound() -> bool:
+        (at,) = (await offsets(db, tables.QUOTES)).values()
+        return {n for _, n in await places(db, tables.QUOTES)} == set(range(at))
+
+    await write(writer.write, owner, 0, [0, 1, 2])
+    with pytest.raises(writer.Fenced, match=r"offsets of \[0\] are not ours"):
+        await write(writer.write, zombie, zombie_is_at, zombie_brings)
+    assert await sound()
+    await write(writer.write, owner, 3, [3])
+    assert await sound()
+
+    await write(unguarded(writer.write), zombie, zombie_is_at, zombie_brings)
+    assert not await sound()
+    for connection in (owner, zombie):
+        await connection.close()
+
+
+async def test_a_sink_that_was_overtaken_goes_on_from_the_databases_offsets(
+    settings: Settings, publish: Publish, db: asyncpg.Connection
+) -> None:
+    async with sinking(settings, "quotes"):
+        await publish(topics.QUOTES, 0, [quote(n) for n in range(3)])
+        await reaches(db, tables.QUOTES, 3)
+        async with db.transaction():  # as if from a backup
+            await db.execute("DELETE FROM crypto_quotes WHERE n > 0")
+            await db.execute("UPDATE sink_offsets SET next_offset = 1 WHERE partition = 0")
+        await publish(topics.QUOTES, 0, [quote(3)])
+        await reaches(db, tables.QUOTES, 4)
+    assert {n for _, n in await places(db, tables.QUOTES)} == {0, 1, 2, 3}
+
+
+# -- Kafka's side ---------------------------------------------------------------------------------
+
+
+async def test_a_database_ahead_of_the_log_is_refused(
+    settings: Settings, publish: Publish, db: asyncpg.Connection
+) -> None:
+    await publish(topics.TRADES, 2, [trade(0)])
+    topic = settings.topic_prefix + topics.TRADES.name
+    await db.execute("INSERT INTO sink_offsets VALUES ('crypto_trades', $1, 2, 7)", topic)
+    with pytest.raises(
+        UsageError, match=rf"crypto_trades stands at offset 7 of {topic}\[2\], which ends at 1.*Kafka"
+    ):
+        async with sinking(settings, "trades") as shell:
+            await asyncio.wait_for(shell.stopping.wait(), 10)
+
+
+async def test_what_retention_took_is_passed_over(
+    settings: Settings, publish: Publish, db: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await publish(topics.TRADES, 2, [trade(n) for n in range(5)])
+    admin = AIOKafkaAdminClient(**settings.kafka_options())
+    await admin.start()
+    place = TopicPartition(settings.topic_prefix + topics.TRADES.name, 2)
+    await admin.delete_records({place: RecordsToDelete(before_offset=3)})
+    await admin.close()
+    async with sinking(settings, "trades"):
+        await reaches(db, tables.TRADES, 5)
+    assert await places(db, tables.TRADES) == {(0, 3), (0, 4)}
+    assert "overtaken by retention" in capsys.readouterr().out
+
+
+class Watched(AIOKafkaConsumer):  # type: ignore[misc]
+    """The last one made, for a test that must break it."""
+
+    last: "Watched"
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        Watched.last = self
+
+
+async def test_a_consumer_that_died_in_silence_is_noticed(
+    settings: Settings, publish: Publish, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "AIOKafkaConsumer", Watched)
+    monkeypatch.setattr(service, "STALL_S", 0.5)
+    task = asyncio.create_task(service.run(Shell(settings, "sink"), "trades"))
+    await publish(topics.TRADES, 4, [trade(0)])
+    await reaches(db, tables.TRADES, 1)
+    await asyncio.sleep(1)
+    assert not task.done()  # idle, for nothing waits
+    Watched.last._fetcher._fetch_task.cancel()  # as aiokafka's issue 983 has it
+    await asyncio.sleep(0.1)
+    await publish(topics.TRADES, 4, [trade(1)])
+    with pytest.raises(TapedeckError, match=r"partitions \[4\]: records wait, none came for 0.5 s"):
+        await asyncio.wait_for(task, 10)
+
+
+async def test_a_sink_with_no_partitions_to_read_stays_ready(
+    settings: Settings, publish: Publish, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiokafka puts out of the group who has not asked for records for five minutes: here, for half a second."""
+    monkeypatch.setattr(service, "AIOKafkaConsumer", partial(AIOKafkaConsumer, max_poll_interval_ms=500))
+    async with contextlib.AsyncExitStack() as others:
+        await asyncio.gather(
+            *(others.enter_async_context(sinking(settings, "trades")) for _ in range(topics.PARTITIONS))
+        )
+        async with sinking(settings, "trades"):
+            await asyncio.sleep(2)
+            await others.aclose()
+            for partition in range(topics.PARTITIONS):
+                await publish(topics.TRADES, partition, [trade(0, partition)])
+            await reaches(db, tables.TRADES, topics.PARTITIONS)
+
+
+# -- starting and stopping ------------------------------------------------------------------------
+
+
+async def ended(process: Process, timeout_s: float) -> int:
+    return await asyncio.to_thread(process.ended, timeout_s)
+
+
+async def test_sigterm_ends_it_within_a_second_under_load(
+    load: Load, db: asyncpg.Connection, spawn: Spawn
+) -> None:
+    for _ in range(4):
+        await load.burst(1000)
+    process = spawn("sink", "all")
+    async with load.running():
+        await reaches(db, tables.QUOTES, 2000)
+        process.popen.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert await ended(process, 10) == 0
+    print(f"ended after {time.monotonic() - started:.2f} s")
+    assert time.monotonic() - started < 1.5
+
+
+class Slow(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Gives up its partitions never."""
+
+    async def on_partitions_revoked(self, revoked: Any) -> None:
+        await asyncio.sleep(60 if revoked else 0)
+
+    async def on_partitions_assigned(self, assigned: Any) -> None:
+        pass
+
+
+async def test_it_ends_within_a_second_in_a_rebalance_that_does_not(
+    settings: Settings, publish: Publish, db: asyncpg.Connection
+) -> None:
+    group = f"{settings.topic_prefix}tapedeck-sink-crypto_trades"
+    slow = AIOKafkaConsumer(**settings.kafka_options(), group_id=group, rebalance_timeout_ms=30_000)
+    await slow.start()
+    slow.subscribe([settings.topic_prefix + topics.TRADES.name], listener=Slow())
+    while not slow.assignment():
+        await slow.getmany(timeout_ms=50)
+    async with sinking(settings, "trades") as shell:
+        await until(partial(says, shell, "no partitions"))
+        await asyncio.sleep(0.5)
+        assert shell.health["crypto_trades"] == "no partitions yet"
+        started = time.monotonic()
+    assert time.monotonic() - started < 1
+    slow._coordinator._coordination_task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await slow.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def with_password(url: str, password: str) -> SecretStr:
+    return SecretStr(re.sub(r"//([^:@]*)(:[^@]*)?@", rf"//\1:{password}@", url))
+
+
+async def refuses_wrong_passwords(url: str) -> bool:
+    try:
+        connection = await asyncpg.connect(with_password(url, "wrong").get_secret_value())
+    except asyncpg.InvalidPasswordError:
+        return True
+    await connection.close()
+    return False
+
+
+async def test_who_cannot_be_reached_or_refuses_is_named_in_one_line(settings: Settings, spawn: Spawn) -> None:
+    url = settings.database_url.get_secret_value()
+    port = free_port()
+    cases = [
+        (
+            {"database_url": SecretStr(f"postgresql://someone:secret@127.0.0.1:{port}/tape")},
+            1,
+            rf"PostgreSQL at 127.0.0.1:{port}/tape cannot be reached after 1 s \(DATABASE_URL\)",
+        ),
+        (
+            {"database_url": SecretStr(re.sub(r"/\w+$", "/nowhere", url))},
+            2,
+            r'PostgreSQL at .*/nowhere refuses us \(DATABASE_URL\): database \\"nowhere\\" does not exist',
+        ),
+        ({"database_url": SecretStr("mysql://u:secret@db/tape")}, 2, r"refuses us \(DATABASE_URL\): .*scheme"),
+        (
+            {"kafka_bootstrap_servers": f"127.0.0.1:{port}"},
+            1,
+            rf"Kafka at 127.0.0.1:{port} cannot be reached after 1 s",
+        ),
+    ]
+    if await refuses_wrong_passwords(url):
+        cases.append(
+            ({"database_url": with_password(url, "secret")}, 2, r"refuses us \(DATABASE_URL\): password auth")
+        )
+    processes = [spawn("sink", "trades", connect_timeout_s=1, **changes) for changes, _, _ in cases]
+    for process, (_, code, text) in zip(processes, cases, strict=True):
+        assert await ended(process, 20) == code
+        *before, last = process.log.read_text().splitlines()
+        assert re.search(text, last)
+        assert '"level": "error"' in last
+        # aiokafka has lines of its own about each attempt
+        assert not any('"level": "error"' in line and "Unable connect" not in line for line in before)
+        assert not any("Traceback" in line or "secret" in line for line in [*before, last])
+
+
+async def test_sigterm_ends_it_though_the_database_is_away(settings: Settings) -> None:
+    async def stop_soon(shell: Shell) -> None:
+        await asyncio.sleep(0.5)
+        started = time.monotonic()
+        shell.stopping.set()
+        while not task.done():
+            await asyncio.sleep(0.01)
+        assert time.monotonic() - started < 0.5
+
+    away = SecretStr(f"postgresql://someone@127.0.0.1:{free_port()}/tape")
+    shell = Shell(settings.model_copy(update={"database_url": away, "connect_timeout_s": 30}), "sink")
+    task = asyncio.create_task(service.run(shell, "all"))
+    await stop_soon(shell)
+    await task
