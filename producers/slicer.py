@@ -140,7 +140,8 @@ class Slicer:
                 self._append(item, recv)
             else:
                 self._hold(item, claim)
-        self._proven = self.clock.now
+        if not self._held:
+            self._proven = self.clock.now
 
     def _hold(self, item: Item, claim: Claim) -> None:
         self._held.append((item, claim))
@@ -164,6 +165,7 @@ class Slicer:
             if believed:
                 self._move(self.clock.believe(claim), claim.recv)
             self._append(item, claim.recv)
+        self._proven = self.clock.now  # events only moved it: it is as it was when the last of them came
 
     def _end_gap(self, now: int, final: bool) -> bool:
         """Ends the gap once the events after it say what time it is; whether it is ended.

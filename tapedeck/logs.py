@@ -36,8 +36,7 @@ def configure(settings: Settings, service: str) -> None:
     root.handlers = [handler]
     root.setLevel(settings.log_level)
     structlog.contextvars.bind_contextvars(service=service)
-    for noisy in ("aiokafka", "faust", "mode", "processors.transport", "aiohttp", "websockets", "yoyo", "asyncio"):
+    for noisy in ("faust", "mode", "processors.transport", "aiohttp", "websockets", "yoyo", "asyncio"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
-    # These two repeat "connection refused" many times a second while a broker is away; health says it once.
-    for name in ("aiokafka.conn", "aiokafka.client", "aiokafka.producer.sender"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # It calls every passing state of a broker an error, many times a second. What lasts is raised, and said once.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)

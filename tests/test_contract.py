@@ -28,7 +28,17 @@ user's cache folder.
 
 
 def asyncapi() -> str:
-    return json.dumps(contract.asyncapi(), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(flowing(contract.asyncapi()), indent=2, ensure_ascii=False) + "\n"
+
+
+def flowing(node: Any) -> Any:
+    """Descriptions without the line breaks of docstrings, which Python 3.13 indents otherwise than 3.11."""
+    if isinstance(node, dict):
+        return {
+            key: " ".join(value.split()) if key == "description" and isinstance(value, str) else flowing(value)
+            for key, value in node.items()
+        }
+    return [flowing(each) for each in node] if isinstance(node, list) else node
 
 
 def settings_page() -> str:

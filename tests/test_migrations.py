@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
 from conftest import until
+from pydantic import SecretStr
 
 from tapedeck import database
 from tapedeck.errors import TapedeckError
@@ -66,6 +68,22 @@ async def test_with_timescaledb_the_tables_of_events_are_hypertables(settings: S
         assert {row["hypertable_name"] for row in names} == TABLES - {"sink_offsets"}
     finally:
         await connection.close()
+
+
+async def test_who_owns_the_database_need_not_be_superuser(settings: Settings) -> None:
+    connection = await connected(settings)
+    name = await connection.fetchval("SELECT current_database()")
+    await connection.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'plain'; ALTER DATABASE {name} OWNER TO {name}")
+    url = urlsplit(settings.database_url.get_secret_value())
+    netloc = f"{name}:plain@{url.netloc.rpartition('@')[2]}"
+    plain = SecretStr(url._replace(netloc=netloc).geturl())
+    await database.prepare(settings.model_copy(update={"database_url": plain}))
+    assert (await schema(settings)).keys() >= TABLES
+    await connection.execute(
+        f"ALTER DATABASE {name} OWNER TO CURRENT_USER; REASSIGN OWNED BY {name} TO CURRENT_USER"
+    )
+    await connection.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+    await connection.close()
 
 
 async def test_processes_that_migrate_at_once_do_not_disturb_each_other(settings: Settings) -> None:

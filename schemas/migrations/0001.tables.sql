@@ -105,7 +105,8 @@ COMMENT ON VIEW vendor_bars_latest IS 'The last message for each pair and start:
 
 DO $$
 BEGIN
-    IF current_setting('shared_preload_libraries') LIKE '%timescaledb%' THEN
+    -- A setting that is there when the library is loaded; shared_preload_libraries only superusers may read.
+    IF current_setting('timescaledb.disable_load', true) IS NOT NULL THEN
         CREATE EXTENSION IF NOT EXISTS timescaledb;
         PERFORM create_hypertable('crypto_trades', by_range('time', INTERVAL '1 day'));
         PERFORM create_hypertable('crypto_quotes', by_range('time', INTERVAL '1 day'));

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import math
 import os
 import secrets
@@ -66,7 +65,6 @@ class DemoOptions(NamedTuple):
 def run(settings: Settings, options: DemoOptions) -> int:
     """Returns the exit code: 0 only if everything is accounted for. Raises TapedeckError, UsageError."""
     logs.configure(settings.model_copy(update={"log_level": "WARNING"}), "demo")
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # it reads while brokers are killed and restarted
     if options.live and settings.polygon_api_key is None:
         raise UsageError("POLYGON_API_KEY is not set: --live needs a key")
     if options.live and options.frames:

@@ -38,7 +38,9 @@ class Feed:
         resume: Resume | None = None,
         streams: Iterable[str] = ("XT", "XQ", "XA"),
         connected: bool = True,
+        latency_ms: int = LATENCY_MS,
     ) -> None:
+        self.latency_ms = latency_ms
         self.slicer = Slicer(settings or SlicerSettings(), streams, ["*"], resume)
         self.records: list[RawRecord] = []
         if connected:
@@ -56,7 +58,7 @@ class Feed:
 
     def at(self, t: int, *events: bytes) -> None:
         """One frame, received the usual latency after `t`."""
-        self.frame(t + LATENCY_MS, *events)
+        self.frame(t + self.latency_ms, *events)
 
     def until(self, recv_ms: float) -> None:
         """Nothing comes until then."""

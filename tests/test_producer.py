@@ -1,0 +1,290 @@
+"""The producer against a feed that speaks the vendor's protocol, onto a real Kafka."""
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from aiokafka import TopicPartition
+from websockets.asyncio.server import ServerConnection, serve
+
+from producers.outbox import Outbox
+from producers.protocol import AuthFailed, Evicted, Protocol, Refused, SessionError
+from producers.resume import read_resume
+from producers.service import Producer
+from producers.split import split_frame
+from schemas import topics, wire
+from schemas.frames import read_frames
+from schemas.raw import RawRecord, decode_gap_value, from_kafka
+from tapedeck import kafka
+from tapedeck.settings import Settings
+from tapedeck.shell import Shell
+
+BEGIN_MS = 1_723_161_240_000
+
+
+def status(name: str, message: str = "") -> bytes:
+    return b'[{"ev":"status","status":"%s","message":"%s"}]' % (name.encode(), message.encode())
+
+
+def trade(pair: str, number: int, ms: int, exchange: int = 1) -> bytes:
+    return b'{"ev":"XT","pair":"%s","p":%d.50,"t":%d,"s":1e-3,"i":%d,"x":%d,"odd":[1, 2]}' % (
+        pair.encode(),
+        100 + number,
+        ms,
+        number,
+        exchange,
+    )
+
+
+# -- the protocol machine ------------------------------------------------------------------------------
+
+
+def test_the_protocol_authenticates_then_subscribes_then_is_live() -> None:
+    protocol = Protocol("secret", ["XT.BTC-USD", "XQ.BTC-USD"])
+    assert protocol.receive(status("connected")) == []
+    assert protocol.to_send() == [b'{"action":"auth","params":"secret"}']
+    protocol.receive(status("auth_success"))
+    assert protocol.to_send() == [b'{"action":"subscribe","params":"XT.BTC-USD,XQ.BTC-USD"}']
+    protocol.receive(status("success", "subscribed to: XQ.BTC-USD"))
+    assert not protocol.live
+    protocol.receive(status("success", "subscribed to: XT.BTC-USD"))
+    assert protocol.live
+    assert protocol.to_send() == []
+
+
+def test_a_frame_may_mix_status_and_market_events() -> None:
+    protocol = Protocol("secret", ["XT.A-B"])
+    mixed = b"[" + status("success", "whatever")[1:-1] + b"," + trade("A-B", 1, BEGIN_MS) + b"]"
+    assert [item.data for item in protocol.receive(mixed)] == [trade("A-B", 1, BEGIN_MS)]
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("auth_failed", AuthFailed),
+        ("auth_timeout", SessionError),
+        ("max_connections", Evicted),
+        ("slow_consumer", SessionError),
+        ("force_disconnect", SessionError),
+    ],
+)
+def test_what_ends_a_session_is_told_apart(name: str, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        Protocol("secret", ["XT.A-B"]).receive(status(name, "because"))
+
+
+def test_a_key_that_may_subscribe_to_nothing_is_refused_and_to_a_part_goes_on() -> None:
+    protocol = Protocol("secret", ["XT.A-B", "XQ.A-B"])
+    protocol.receive(status("auth_success"))
+    protocol.receive(status("error", "not authorized"))
+    protocol.receive(status("success", "subscribed to: XQ.A-B"))
+    assert protocol.live
+    assert protocol.refused == 1
+    protocol = Protocol("secret", ["XT.A-B"])
+    protocol.receive(status("auth_success"))
+    with pytest.raises(Refused):
+        protocol.receive(status("error", "not authorized"))
+
+
+async def test_the_outbox_keeps_what_is_not_acknowledged_and_holds_its_reader_back_when_full() -> None:
+    outbox = Outbox()
+    big = RawRecord(0, 1, "bad", 1, 0, [(1, 1)], b"x" * 40_000_000)
+    outbox.append([big, big, big, big])
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(outbox.room(), 0.05)
+    assert len(await outbox.next()) == 4
+    outbox.acknowledge(1)
+    assert len(await outbox.next()) == 3
+    outbox.acknowledge(3)
+    await asyncio.wait_for(outbox.room(), 0.05)
+    await asyncio.wait_for(outbox.empty(), 0.05)
+
+
+# -- on a real socket and a real Kafka ---------------------------------------------------------------
+
+
+class Feed:
+    """A scripted vendor: accepts everybody and sends what it is told to."""
+
+    def __init__(self) -> None:
+        self.sessions: list[ServerConnection] = []
+        self.subscribed = asyncio.Event()
+        self.url = ""
+
+    async def handle(self, connection: ServerConnection) -> None:
+        await connection.send(status("connected", "Connected Successfully").decode())
+        await connection.recv()
+        await connection.send(status("auth_success", "authenticated").decode())
+        params = wire.msgspec.json.decode(await connection.recv())["params"].split(",")
+        for param in params:
+            await connection.send(status("success", f"subscribed to: {param}").decode())
+        self.sessions.append(connection)
+        self.subscribed.set()
+        await connection.wait_closed()
+
+    async def send(self, *events: bytes) -> None:
+        await self.sessions[-1].send((b"[" + b",".join(events) + b"]").decode())
+
+    async def again(self) -> None:
+        await asyncio.wait_for(self.subscribed.wait(), 10)
+        self.subscribed.clear()
+
+
+@pytest.fixture
+async def feed() -> AsyncIterator[Feed]:
+    feed = Feed()
+    async with serve(feed.handle, "127.0.0.1", 0) as server:
+        feed.url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/crypto"
+        yield feed
+
+
+@contextlib.asynccontextmanager
+async def producing(settings: Settings, feed: Feed, record: Path | None = None) -> AsyncIterator[Shell]:
+    shell = Shell(settings.model_copy(update={"polygon_ws_url": feed.url, "symbols": ["BTC-USD"]}), "produce")
+    running = asyncio.create_task(Producer(shell, record).run())
+    try:
+        await feed.again()
+        yield shell
+    finally:
+        shell.stopping.set()
+        await asyncio.wait_for(running, 10)
+
+
+async def raw_log(settings: Settings) -> dict[int, list[RawRecord]]:
+    """All records of the raw topic by partition."""
+    places = [TopicPartition(settings.topic_prefix + topics.RAW.name, n) for n in range(topics.PARTITIONS)]
+    reader = await kafka.consumer(settings, *places)
+    found: dict[int, list[RawRecord]] = {place.partition: [] for place in places}
+    try:
+        ends = await reader.end_offsets(places)
+        while sum(map(len, found.values())) < sum(ends.values()):
+            for place, records in (await reader.getmany(timeout_ms=500)).items():
+                found[place.partition] += [
+                    from_kafka(r.partition, r.timestamp, r.headers, r.value) for r in records
+                ]
+    finally:
+        await reader.stop()
+    return found
+
+
+def gaps(records: list[RawRecord]) -> list[tuple[str, int | None, int | None]]:
+    values = [decode_gap_value(record.value) for record in records if record.kind == "gap"]
+    return [(gap.reason, gap.from_, gap.to) for gap in values]
+
+
+async def test_the_log_holds_the_very_bytes_numbered_and_in_order(
+    settings: Settings, feed: Feed, tmp_path: Path
+) -> None:
+    sent = [trade("BTC-USD", n, BEGIN_MS + n * 100) for n in range(50)]
+    other = [trade("ETH-USD", n, BEGIN_MS + n * 100, exchange=2) for n in range(50)]
+    async with producing(settings, feed, tmp_path / "frames.ndjson"):
+        for one, two in zip(sent, other, strict=True):
+            await feed.send(one, two, b'{"ev":"XT","p":NaN}')
+        await asyncio.sleep(0.5)
+    log = await raw_log(settings)
+    events = {p: [i.data for r in rs if r.kind == "slice" for i in split_frame(r.value)] for p, rs in log.items()}
+    assert sorted(e for es in events.values() for e in es) == sorted(sent + other)
+    assert [e for es in events.values() for e in es if b"BTC" in e] == sent
+    assert sum(r.kind == "bad" and r.value == b'{"ev":"XT","p":NaN}' for r in log[0]) == 50
+    for records in log.values():
+        position = 0
+        for record in records:
+            assert (record.epoch, record.n) == (1, position)
+            position += record.events
+        stamps = [record.timestamp_ms for record in records]
+        assert stamps == sorted(stamps)
+        assert [reason for reason, *_ in gaps(records)] == ["start", "stop"]
+    frames = [frame.data for frame in read_frames(tmp_path / "frames.ndjson")]
+    assert b"".join(frames).count(b'"pair":"BTC-USD"') == 50
+
+
+async def test_a_lost_connection_is_a_marked_gap_and_every_subscription_comes_back(
+    settings: Settings, feed: Feed
+) -> None:
+    async with producing(settings, feed):
+        await feed.send(trade("BTC-USD", 1, BEGIN_MS), trade("ETH-USD", 2, BEGIN_MS, 2))
+        await asyncio.sleep(0.3)
+        began = time.monotonic()
+        feed.sessions[-1].transport.abort()
+        await feed.again()
+        assert time.monotonic() - began < 2
+        await feed.send(trade("BTC-USD", 3, BEGIN_MS + 4000), trade("ETH-USD", 4, BEGIN_MS + 4000, 2))
+        await asyncio.sleep(0.3)
+    for records in (await raw_log(settings)).values():
+        marked = [gap for gap in gaps(records) if gap[0] == "reconnect"]
+        assert marked == [("reconnect", BEGIN_MS * 10**6, (BEGIN_MS + 4000) * 10**6)]
+
+
+async def test_the_next_start_goes_on_from_the_log_and_marks_its_absence(settings: Settings, feed: Feed) -> None:
+    for start in range(2):
+        ms = BEGIN_MS + start * 5000
+        async with producing(settings, feed):
+            await feed.send(trade("BTC-USD", start * 2, ms), trade("ETH-USD", start * 2 + 1, ms, 2))
+            await asyncio.sleep(0.3)
+    resume = await read_resume(settings)
+    assert resume is not None
+    assert resume.epoch == 2
+    for records in (await raw_log(settings)).values():
+        assert [reason for reason, *_ in gaps(records)] == ["start", "stop", "away", "stop"]
+        _, since, until = gaps(records)[2]
+        assert since is not None
+        assert since <= (BEGIN_MS + 1000) * 10**6
+        assert until == (BEGIN_MS + 5000) * 10**6
+
+
+# -- as a process ------------------------------------------------------------------------------------
+
+
+def produce(settings: Settings, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tapedeck", "produce"],
+        env=os.environ
+        | {
+            "KAFKA_BOOTSTRAP_SERVERS": settings.kafka_bootstrap_servers,
+            "TOPIC_PREFIX": settings.topic_prefix,
+            "POLYGON_API_KEY": "a-wrong-key",
+            "HTTP_PORT": "0",
+            "LOG_FORMAT": "json",
+        }
+        | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+async def test_a_wrong_key_is_one_clear_line_exit_2_and_no_retry_storm(settings: Settings) -> None:
+    connections = 0
+
+    async def refuse(connection: ServerConnection) -> None:
+        nonlocal connections
+        connections += 1
+        await connection.send(status("connected").decode())
+        await connection.recv()
+        await connection.send(status("auth_failed", "authentication failed").decode())
+        await connection.wait_closed()
+
+    async with serve(refuse, "127.0.0.1", 0) as server:
+        url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/crypto"
+        done = await asyncio.to_thread(produce, settings, POLYGON_WS_URL=url)
+    assert done.returncode == 2
+    assert connections == 1
+    complaints = [line for line in done.stderr.splitlines() if '"level": "error"' in line]
+    assert len(complaints) == 1
+    assert "refused the key" in complaints[0]
+    assert "a-wrong-key" not in done.stderr + done.stdout
+
+
+def test_an_unreachable_kafka_is_named_and_given_up_after_a_set_time(settings: Settings) -> None:
+    began = time.monotonic()
+    done = produce(settings, KAFKA_BOOTSTRAP_SERVERS="127.0.0.1:1", CONNECT_TIMEOUT_S="2")
+    assert done.returncode == 1
+    assert time.monotonic() - began < 20
+    assert "Kafka at 127.0.0.1:1 cannot be reached after 2 s (KAFKA_BOOTSTRAP_SERVERS)" in done.stderr
