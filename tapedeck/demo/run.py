@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -91,12 +90,6 @@ def run(settings: Settings, options: DemoOptions) -> int:
     return result
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [s.getsockname()[1] for s in sockets]
-
-
 class Demo:
     """One run on one folder."""
 
@@ -169,7 +162,7 @@ class Demo:
     async def _start_readers(self, http: aiohttp.ClientSession) -> list[asyncio.Task[None]]:
         """Worker and sinks, which wait for Kafka and PostgreSQL themselves; returns when all are well."""
         names = ["process", *(f"sink {name}" for name in SINKS)]
-        ports = _free_ports(len(names))
+        ports = embedded.free_ports(len(names))
         tasks = []
         for name, port in zip(names, ports, strict=True):
             self._http[name] = port
@@ -191,10 +184,10 @@ class Demo:
         """The feed and the producer: nothing is sent before there is somebody to take it."""
         options = self._options
         if options.live:
-            self._http = {"produce": _free_ports(1)[0]} | self._http
+            self._http = {"produce": embedded.free_ports(1)[0]} | self._http
             symbols = ",".join(self._settings.symbols)
             return [await self._start("produce", ["produce", "--record", str(self._record)], SYMBOLS=symbols)]
-        feed_port, *ports = _free_ports(3)
+        feed_port, *ports = embedded.free_ports(3)
         self._http = dict(zip(("feed", "produce"), ports, strict=True)) | self._http
         command = await asyncio.to_thread(self._feed_command, feed_port)
         return [

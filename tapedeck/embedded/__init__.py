@@ -7,6 +7,7 @@ Detached: `start`, `status` and `stop` run both beside the caller. Supervised: `
 from tapedeck.embedded.errors import EmbeddedError
 from tapedeck.embedded.jars import ensure_jars
 from tapedeck.embedded.kafka import prepare_kafka
+from tapedeck.embedded.ports import free_ports
 from tapedeck.embedded.postgres import prepare_postgres
 from tapedeck.embedded.service import Service
 from tapedeck.embedded.services import Status, environment, start, status, stop
@@ -17,6 +18,7 @@ __all__ = [
     "Status",
     "ensure_jars",
     "environment",
+    "free_ports",
     "prepare_kafka",
     "prepare_postgres",
     "start",

@@ -1,11 +1,15 @@
 """TCP ports that stay the same over restarts, so that clients find the service again."""
 
 import json
+import random
 import socket
 from contextlib import ExitStack
 from pathlib import Path
 
+from tapedeck.embedded.errors import EmbeddedError
+
 HOST = "127.0.0.1"
+LISTENING = range(12_000, 32_000)
 
 
 def stored_ports(file: Path) -> dict[str, int] | None:
@@ -30,14 +34,26 @@ def claim_ports(file: Path, *names: str) -> dict[str, int]:
     return ports
 
 
+def free_ports(count: int) -> list[int]:
+    """That many free ports, all different."""
+    with ExitStack() as held:
+        return [_free_port(0, held) for _ in range(count)]
+
+
 def _free_port(wanted: int, held: ExitStack) -> int:
-    for port in (wanted, 0):
+    """`wanted` if it is free, else one at random.
+
+    Never one that the kernel gives to outgoing connections: a client that tries again and again to reach
+    a server that is restarting may connect to itself on such a port, and keep the server from it.
+    """
+    for port in (wanted, *random.sample(LISTENING, 100)):
         listener = held.enter_context(socket.socket())
         # As the services do: connections of the last run that linger in TIME_WAIT don't count.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((HOST, port))
+            if port:
+                listener.bind((HOST, port))
+                return port
         except OSError:
             continue
-        return int(listener.getsockname()[1])
-    raise AssertionError("binding port 0 always finds one")
+    raise EmbeddedError("100 ports at random were all taken: something on this machine holds far too many.")
