@@ -207,9 +207,9 @@ class Pipeline:
         self._tick = tick
 
     def close(self) -> list[Output]:
-        """Finalises what is still open, as if the recording ended with the last record."""
+        """Finalises what is still open, as if the recording ended at the last tick."""
         self._out = []
-        bars: list[Bar] = self._bars.close(self._tick or 0, self._at_ms * NS_PER_MS)
+        bars: list[Bar] = self._bars.close(self._tick or 0)
         for bar in bars:
             self._emit(topics.BARS_1M, bar.symbol, encode(bar))
         return self._out

@@ -6,6 +6,7 @@ acknowledged, in order, after the broker took everything made from it; any unexp
 """
 
 import asyncio
+import tempfile
 import time
 from collections import deque
 from typing import Any
@@ -211,6 +212,7 @@ def faust_app(settings: Settings) -> faust.App:
         broker=[f"kafka://{server.strip()}" for server in settings.kafka_bootstrap_servers.split(",")],
         broker_credentials=credentials,
         store="memory://",
+        datadir=tempfile.gettempdir(),  # it makes a folder there, even without tables
         web_enabled=False,
         topic_allow_declare=False,
         topic_disable_leader=True,
@@ -239,9 +241,7 @@ async def run(shell: Shell) -> None:
         await processor.start()
     except KafkaError as error:
         raise TapedeckError(f"Kafka at {settings.kafka_bootstrap_servers}: {error}") from error
-    raw = app.topic(
-        settings.topic_prefix + topics.RAW.name, value_type=bytes, value_serializer="raw", key_type=bytes
-    )
+    raw = app.topic(settings.topic_prefix + topics.RAW.name, value_type=bytes, value_serializer="raw", key_type=bytes)
     app.agent(raw, name="pipeline")(processor.consume)
     flushing = asyncio.create_task(processor.flush())
     serving = asyncio.create_task(_serve(app))

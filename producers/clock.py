@@ -6,6 +6,7 @@ only part is an upper bound, taken from receive times. The rules and the counter
 are in docs/feed-clock.md.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ class Claim(NamedTuple):
     exchange: int | None
     pair: str
     recv: int
+    lagging: bool = False
 
 
 class FeedClock:
@@ -72,12 +74,25 @@ class FeedClock:
             if other.ts is None or not self.possible(other):
                 continue
             if abs(other.ts - claim.ts) > AHEAD_NS:
-                contradicted = contradicted or self._highest is None or self.in_bounds(other)
+                behind = self._highest is None and other.ts < claim.ts
+                contradicted = contradicted or behind or self.in_bounds(other)
             elif self._independent(claim, other):
                 return True
         if now - claim.recv >= HOLD_NS or len(later) + 1 >= HOLD_EVENTS:
             return not contradicted
         return None
+
+    def majority(self, claims: Sequence[Claim]) -> Claim | None:
+        """The claim that most others are within 10 s of, the first of equals: who to believe first on a feed
+        on which nobody independent agrees and some contradict."""
+        times = sorted(claim.ts for claim in claims if claim.ts is not None and self.possible(claim))
+        best, most = None, 0
+        for claim in claims:
+            if claim.ts is not None and self.possible(claim):
+                near = bisect_right(times, claim.ts + AHEAD_NS) - bisect_left(times, claim.ts - AHEAD_NS)
+                if near > most:
+                    best, most = claim, near
+        return best
 
     def _independent(self, one: Claim, other: Claim) -> bool:
         if len(self._exchanges) > 1 and one.exchange is not None:

@@ -30,9 +30,7 @@ async def read_resume(settings: Settings) -> Resume | None:
             if record.offset >= ends[place] - 1:
                 waiting.discard(place)
             try:
-                last[record.partition] = from_kafka(
-                    record.partition, record.timestamp, record.headers, record.value
-                )
+                last[record.partition] = from_kafka(record.partition, record.timestamp, record.headers, record.value)
             except NotARawRecord as error:
                 raise UsageError(f"{topic} has a record that tapedeck did not write: {error}") from error
     finally:

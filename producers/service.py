@@ -11,7 +11,7 @@ from typing import IO
 import structlog
 from aiokafka.errors import KafkaError
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import WebSocketException
+from websockets.exceptions import InvalidURI, WebSocketException
 
 from producers.outbox import Outbox
 from producers.protocol import AuthFailed, Evicted, Protocol, Refused, SessionError
@@ -50,9 +50,10 @@ class Producer:
     def __init__(self, shell: Shell, record: Path | None) -> None:
         self._shell = shell
         self._settings: Settings = shell.settings
-        if self._settings.polygon_api_key is None:
+        key = self._settings.polygon_api_key
+        self._key = key.get_secret_value() if key else ""
+        if not self._key:
             raise UsageError("POLYGON_API_KEY is not set: the feed needs a key")
-        self._key = self._settings.polygon_api_key.get_secret_value()
         self._pairs = pairs_of(self._settings.symbols)
         self._streams: list[str] = list(self._settings.streams)
         self._record: IO[bytes] | None = record.open("ab") if record else None
@@ -61,6 +62,7 @@ class Producer:
         self._slicer: Slicer
         self._timer: asyncio.TimerHandle | None = None
         self._now = 0
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._data_since: float | None = None
 
     async def run(self) -> None:
@@ -74,19 +76,24 @@ class Producer:
         log.info("recording", epoch=self._slicer.epoch, streams=self._streams, pairs=self._pairs)
         publishing = asyncio.create_task(self._publish())
         reading = asyncio.create_task(self._read())
+        timing = asyncio.create_task(self._raise())
         try:
-            await self._shell.until_stopped(publishing, reading)
+            await self._shell.until_stopped(publishing, reading, timing)
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
             await self._drain()
         finally:
-            publishing.cancel()
-            reading.cancel()
-            await asyncio.gather(publishing, reading, return_exceptions=True)
+            for task in (publishing, reading, timing):
+                task.cancel()
+            await asyncio.gather(publishing, reading, timing, return_exceptions=True)
             await self._publisher.stop()
             if self._record:
                 self._record.close()
         log.info("stopped")
+
+    async def _raise(self) -> None:
+        """Raises what a timer failed with: asyncio itself would only log it."""
+        await self._failed
 
     async def _drain(self) -> None:
         """Everything received goes out, with the `stop` gap behind it. Raises TapedeckError if Kafka is away."""
@@ -119,6 +126,8 @@ class Producer:
                 await self._session()
             except AuthFailed as error:
                 raise UsageError(f"the vendor refused the key (POLYGON_API_KEY): {error}") from error
+            except InvalidURI as error:
+                raise UsageError(f"POLYGON_WS_URL is not a WebSocket's address: {error}") from error
             except Refused as error:
                 raise UsageError(f"the key may not subscribe to any of {self._params()}: {error}") from error
             except Evicted as error:
@@ -219,8 +228,11 @@ class Producer:
 
     def _due(self) -> None:
         self._timer = None
-        self._slicer.advance(self._clock())
-        self._pump()
+        try:
+            self._slicer.advance(self._clock())
+            self._pump()
+        except Exception as error:
+            self._failed.set_exception(error)
 
     async def _publish(self) -> None:
         """In order, one round in flight; a failed round is sent again from its beginning by a new client."""
@@ -229,9 +241,7 @@ class Producer:
         while True:
             records = await self._outbox.next()
             metrics.OUTBOX.set(len(self._outbox))
-            messages = [
-                kafka.Message(topic, r.partition, None, r.value, r.timestamp_ms, r.headers()) for r in records
-            ]
+            messages = [kafka.Message(topic, r.partition, None, r.value, r.timestamp_ms, r.headers()) for r in records]
             try:
                 if failures or not self._publisher.started:
                     await self._publisher.restart()

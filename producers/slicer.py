@@ -4,6 +4,7 @@ Everything that makes the log what it is is decided here: slices, ticks, gaps, e
 record's timestamp. Bytes and receive times go in; records come out of `take()` in the order to publish.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Iterable
 from functools import lru_cache
@@ -16,6 +17,7 @@ from producers.split import Item
 from schemas.events import NS_PER_MS, NS_PER_S
 from schemas.raw import GapValue, RawRecord, Runs, TickValue
 from schemas.topics import PARTITIONS
+from schemas.wire import symbol_of
 
 
 class SlicerSettings(msgspec.Struct, frozen=True):
@@ -40,6 +42,9 @@ class Resume(msgspec.Struct, frozen=True):
     last_ms: list[int | None]
 
 
+LAGGING = ("XA", "XAS")  # their time is their start: a minute behind, where trades or quotes tell better
+
+
 class _Slice:
     __slots__ = ("bytes", "opened", "parts", "runs")
 
@@ -62,7 +67,10 @@ class _Pending:
 
 @lru_cache(maxsize=65536)
 def partition_of(pair: str) -> int:
-    """Kafka's default partitioner, so that any producer keyed by pair agrees."""
+    """Kafka's default partitioner by symbol, so that any producer keyed by it agrees and every spelling of
+    a pair lies in one partition; what is no pair goes by its own bytes."""
+    with contextlib.suppress(ValueError):
+        pair = symbol_of(pair)
     return (murmur2(pair.encode()) & 0x7FFFFFFF) % PARTITIONS if pair else 0
 
 
@@ -88,6 +96,7 @@ class Slicer:
         self._now = 0
         self._connected = False
         self._heard: dict[str, int] = {}
+        self._newest: int | None = None
         self._out: list[RawRecord] = []
         self._gap: _Pending | None = _Pending(
             "away" if resume else "start",
@@ -128,8 +137,10 @@ class Slicer:
                 claim = Claim(None, None, "", recv)
             else:
                 time_ms = head.time_ms
-                claim = Claim(None if time_ms is None else time_ms * NS_PER_MS, head.x, head.pair, recv)
-                self._heard[head.ev] = recv
+                ts = None if time_ms is None else time_ms * NS_PER_MS
+                claim = Claim(ts, head.x, head.pair, recv, head.ev in LAGGING)
+                if head.ev in self._streams:
+                    self._heard[head.ev] = self._newest = recv
                 self.clock.heard(claim)
             if self._held or self._gap:
                 self._hold(item, claim)
@@ -170,28 +181,26 @@ class Slicer:
     def _end_gap(self, now: int, final: bool) -> bool:
         """Ends the gap once the events after it say what time it is; whether it is ended.
 
-        The first held event to be believed decides, with all that are in bounds then: the first may be a
-        late one. If nothing in 2 s or 1,000 events tells the time, the clock goes by elapsed time.
+        The first held event to be believed decides; if nothing in 2 s or 1,000 events tells the time, the
+        clock goes by elapsed time. The first event may be a late one, so those that came with it may move
+        the end on, as far as they are in bounds.
         """
         assert self._gap is not None
         settled = self._settles_at is not None and now >= self._settles_at
         if not self._held or not (settled or final or len(self._held) >= HOLD_EVENTS):
             return False
         claims = [claim for _, claim in self._held]
-        for at, claim in enumerate(claims):
-            verdict = self.clock.verdict(claim, claims[at + 1 :], now)
-            if verdict is None:
-                return False
-            if verdict:
-                self.clock.believe(claim)
-                first = [c for c in claims if c.recv <= claims[0].recv + self._settings.settle_ns]
-                clock = max(c.ts or 0 for c in [claim, *first] if self.clock.in_bounds(c))
-                break
-        else:
-            waited = final or len(claims) >= HOLD_EVENTS
-            if not waited and (self.clock.now is None or now < claims[0].recv + HOLD_NS):
-                return False
+        waited = final or len(claims) >= HOLD_EVENTS or now >= claims[0].recv + HOLD_NS
+        telling = [claim for claim in claims if not claim.lagging] or claims
+        believed = self._first_belief(telling, now, waited)
+        if believed is not None:
+            self.clock.believe(believed)
+            first = [c for c in telling if c.recv <= claims[0].recv + self._settings.settle_ns]
+            clock = max(c.ts or 0 for c in [believed, *first] if self.clock.in_bounds(c))
+        elif waited and (final or self.clock.now is not None or len(claims) >= HOLD_EVENTS):
             clock = self.clock.idle(claims[-1].recv) or claims[0].recv
+        else:
+            return False
         clock = max(clock, self.clock.now or 0)
         gap, self._gap, self._settles_at = self._gap, None, None
         for partition in list(self._open):
@@ -201,6 +210,16 @@ class Slicer:
             reason = "start" if since is None else gap.reason
             self._emit_gap(partition, since, clock, reason, claims[-1].recv)
         return True
+
+    def _first_belief(self, claims: list[Claim], now: int, waited: bool) -> Claim | None:
+        """The first claim to be believed; None: there is none, or it is too early to say."""
+        for at, claim in enumerate(claims):
+            verdict = self.clock.verdict(claim, claims[at + 1 :], now)
+            if verdict:
+                return claim
+            if verdict is None and not waited:
+                return None
+        return self.clock.majority(claims) if waited and self.clock.now is None else None
 
     def _append(self, item: Item, recv: int) -> None:
         if item.head is None:
@@ -232,8 +251,9 @@ class Slicer:
             self._release(now)
         for partition in [p for p, s in self._open.items() if now - s.opened >= self._settings.linger_ns]:
             self._close(partition)
-        if self._alive(now):
-            idle = self.clock.idle(now)
+        alive_until = self._alive_until()
+        if alive_until is not None:
+            idle = self.clock.idle(min(now, alive_until))
             if idle is not None:
                 self._move(idle, now)
 
@@ -246,21 +266,18 @@ class Slicer:
             if claim.recv + HOLD_NS > self._now:
                 due.append(claim.recv + HOLD_NS)
                 break
-        if self._connected and not self._held and self._gap is None and self.clock.now is not None:
+        alive_until = self._alive_until()
+        if alive_until is not None and self.clock.now is not None:
             at = self.clock.idle_reaches((self.clock.now // NS_PER_S + 1) * NS_PER_S)
-            if at is not None and self._alive(at):
+            if at is not None and at <= alive_until:
                 due.append(at)
         return min(due, default=None)
 
-    def _alive(self, now: int) -> bool:
-        newest = max(self._heard.values(), default=None)
-        return (
-            self._connected
-            and not self._held
-            and self._gap is None
-            and newest is not None
-            and now - newest <= self._settings.usual_ns
-        )
+    def _alive_until(self) -> int | None:
+        """The receive time up to which the feed is proven alive; None: it is not, or must not tick now."""
+        if not self._connected or self._held or self._gap is not None or self._newest is None:
+            return None
+        return self._newest + self._settings.usual_ns
 
     def _move(self, to: int, now: int) -> None:
         """Moves the clock; at a new whole second closes every slice and ticks, before what moved it."""

@@ -59,6 +59,9 @@ class GapValue(msgspec.Struct, frozen=True):
     reason: str
 
 
+MAX_EVENTS = 100_000  # far more than any slice has
+
+
 class NotARawRecord(ValueError):
     """Headers or value are not what the raw topic's contract says."""
 
@@ -73,17 +76,20 @@ def from_kafka(
     """Reads a Kafka record back; raises NotARawRecord."""
     found = dict(headers)
     try:
+        runs = _decode_runs(found["recv"])
+        if not runs or not all(0 < count <= MAX_EVENTS for _, count in runs) or len(runs) > MAX_EVENTS:
+            raise ValueError(f"recv counts no events, or too many: {runs[:3]}")
         return RawRecord(
             partition,
             timestamp_ms,
             found["kind"].decode(),
             int(found["epoch"]),
             int(found["n"]),
-            _decode_runs(found["recv"]),
+            runs,
             value or b"",
             found["src"].decode(),
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise NotARawRecord(f"not a record of the raw topic: {error!r}") from error
 
 
@@ -98,12 +104,18 @@ class LogLine(msgspec.Struct, frozen=True):
     encoding: Literal["utf-8", "base64"]
 
 
+SHORT = 4096  # below this, escapes may make text as long as they like
+
+
 def text_of(data: bytes) -> tuple[Literal["utf-8", "base64"], str]:
-    """(encoding, text) that carries any bytes in JSON."""
+    """(encoding, text) that carries any bytes in JSON, and never much larger than base64 would."""
     try:
-        return "utf-8", data.decode()
+        text = data.decode()
     except UnicodeDecodeError:
         return "base64", base64.b64encode(data).decode()
+    if len(text) > SHORT and len(msgspec.json.encode(text)) > len(data) * 4 / 3:
+        return "base64", base64.b64encode(data).decode()
+    return "utf-8", text
 
 
 def bytes_of(encoding: str, text: str) -> bytes:

@@ -69,7 +69,11 @@ DEAD_LETTERS = Topic(
     max_message_bytes=MAX_RECORD_BYTES,
 )
 QUARANTINE = Topic(
-    "quarantine.v1", "symbol", (events.Quarantined,), "Events from too far in the future to be believed."
+    "quarantine.v1",
+    "symbol",
+    (events.Quarantined,),
+    "Events from too far in the future to be believed.",
+    max_message_bytes=MAX_RECORD_BYTES,
 )
 
 ALL = (RAW, TRADES, QUOTES, VENDOR_BARS, BARS_1M, GAPS, DEAD_LETTERS, QUARANTINE)

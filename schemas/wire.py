@@ -86,8 +86,15 @@ split_array = msgspec.json.Decoder(list[msgspec.Raw]).decode
 decode_heads = msgspec.json.Decoder(list[Head]).decode
 decode_head = msgspec.json.Decoder(Head).decode
 
+# Deeper events are bad. The interpreter's own limit counts the caller's frames too, so that an event could be
+# a trade in one process and a dead letter in another.
+MAX_DEPTH = 64
+
 #: What the decoders raise: wrong JSON or shape, text that is not UTF-8, nesting bombs.
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+MAX_PAIR = 40  # letters; no exchange lists a longer one, and a table's key has its limits
 
 
 def symbol_of(pair: str) -> str:
@@ -96,7 +103,7 @@ def symbol_of(pair: str) -> str:
     Without a hyphen the last three letters are the quote currency: never longer, for `BTCTUSD` or
     `XUSDT` cannot be told apart by looking (docs/protocol.md).
     """
-    name = pair.removeprefix("X:")
+    name = pair.removeprefix("X:") if len(pair) <= MAX_PAIR else ""
     base, hyphen, quote = name.partition("-")
     if not hyphen:
         base, quote = name[:-3], name[-3:]

@@ -50,8 +50,7 @@ def publish(seed: int, symbols: Sequence[str], start_ns: int) -> Iterator[tuple[
     rng = Random(seed)
     ids = TradeIds(start_ns)
     pairs = [
-        Pair(symbol, rate, start_ns, ids, rng)
-        for symbol, rate in zip(symbols, trade_rates(len(symbols)), strict=True)
+        Pair(symbol, rate, start_ns, ids, rng) for symbol, rate in zip(symbols, trade_rates(len(symbols)), strict=True)
     ]
     minutes = [Minutes() for _ in pairs]
     arrivals = [(start_ns + pair.next_gap_ns(), number) for number, pair in enumerate(pairs)]

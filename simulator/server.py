@@ -32,9 +32,7 @@ LAST_BATCH_S = 0.3
 CLOSE_S = 0.4
 
 
-async def serve(
-    config: SimulatorConfig, stop: asyncio.Event, on_ready: Callable[[int], None] | None = None
-) -> None:
+async def serve(config: SimulatorConfig, stop: asyncio.Event, on_ready: Callable[[int], None] | None = None) -> None:
     """Serve until `stop` is set, then close the clients with 1001 and return within a second.
 
     `on_ready` is called with the bound port. Raises OSError (port taken, a file that cannot be read or

@@ -197,15 +197,11 @@ class Sink:
         if self._positioned is not self._assignment.places:
             return
         if late := [place.partition for place, end in ends.items() if await consumer.position(place) < end]:
-            raise TapedeckError(
-                f"{self._topic}, partitions {sorted(late)}: records wait, none came for {STALL_S:g} s"
-            )
+            raise TapedeckError(f"{self._topic}, partitions {sorted(late)}: records wait, none came for {STALL_S:g} s")
 
     async def _trouble(self, what: str, error: BaseException) -> None:
         """Something is away or said no: nothing was written, so go back and try again."""
-        error = (
-            error.__context__ or error
-        )  # asyncpg's last complaint about a lost connection hides why it was lost
+        error = error.__context__ or error  # asyncpg's last complaint about a lost connection hides why it was lost
         if not (self._shell.health[self._table.name] or "").startswith(what):
             log.warning(f"trouble with {what}: the rows wait in Kafka", table=self._table.name, error=repr(error))
         self._shell.health[self._table.name] = f"{what}: {error!r}"

@@ -57,9 +57,7 @@ def _rows(decode: Callable[[bytes], Any], time: str) -> Callable[[Sequence[bytes
 def _kept(sink: str, name: str, topic: topics.Topic, event: type[msgspec.Struct], rows: Any) -> Table:
     """The first of each key stays."""
     columns = _columns(event)
-    insert = (
-        f"INSERT INTO {name} ({_quoted(columns)}) SELECT {_quoted(columns)} FROM staged ON CONFLICT DO NOTHING"
-    )
+    insert = f"INSERT INTO {name} ({_quoted(columns)}) SELECT {_quoted(columns)} FROM staged ON CONFLICT DO NOTHING"
     return Table(sink, name, topic, columns, rows, insert)
 
 

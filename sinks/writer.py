@@ -23,9 +23,7 @@ class Fenced(Exception):
     """Another sink owns a partition: its offset is not where we left it. Nothing was written."""
 
 
-async def offsets(
-    connection: asyncpg.Connection, table: Table, topic: str, partitions: list[int]
-) -> dict[int, int]:
+async def offsets(connection: asyncpg.Connection, table: Table, topic: str, partitions: list[int]) -> dict[int, int]:
     """Where to read on in each partition: the database knows, Kafka's own offsets are for display."""
     await connection.executemany(
         "INSERT INTO sink_offsets VALUES ($1, $2, $3, 0) ON CONFLICT DO NOTHING",
@@ -75,8 +73,6 @@ async def write(
             [new for _, new in moves.values()],
         )
         if len(moved) != len(moves):
-            raise Fenced(
-                f"{topic}: offsets of {sorted(set(moves) - {r['partition'] for r in moved})} are not ours"
-            )
+            raise Fenced(f"{topic}: offsets of {sorted(set(moves) - {r['partition'] for r in moved})} are not ours")
         status: str = await connection.execute(table.insert) if rows else "INSERT 0 0"
         return int(status.rsplit(" ", 1)[1])

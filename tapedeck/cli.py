@@ -185,9 +185,7 @@ def simulate(
 
     async def run(shell: Shell) -> None:
         try:
-            await serve(
-                config, shell.stopping, lambda bound: log.info("feed", url=f"ws://127.0.0.1:{bound}/crypto")
-            )
+            await serve(config, shell.stopping, lambda bound: log.info("feed", url=f"ws://127.0.0.1:{bound}/crypto"))
         except (OSError, ValueError) as error:
             raise TapedeckError(f"the simulated feed ends: {error}") from error
 

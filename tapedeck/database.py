@@ -1,11 +1,14 @@
 """PostgreSQL as every part uses it: connecting with patience, migrating to the newest schema."""
 
 import asyncio
+import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import asyncpg
+import psycopg
 import structlog
+import yoyo
 
 import schemas
 from tapedeck.errors import TapedeckError, UsageError
@@ -35,15 +38,18 @@ WRONG = (
     asyncpg.InsufficientPrivilegeError,
     ValueError,
 )
+UNREADABLE = "(an address that is not plain)"
 
 
 def where(settings: Settings) -> str:
-    """Host, port and database, without user and password."""
+    """Host, port and database, without user and password; nothing of an address that is not plain."""
     try:
         url = urlsplit(settings.database_url.get_secret_value())
-        return f"{url.hostname}:{url.port or 5432}{url.path}"
+        host, port, name = url.hostname, url.port or 5432, url.path
     except ValueError:
-        return "(several hosts, or not a URL)"
+        return UNREADABLE
+    plain = url.scheme in ("postgresql", "postgres") and host and re.fullmatch(r"/[\w-]*", name)
+    return f"{host}:{port}{name}" if plain else UNREADABLE
 
 
 async def connect(settings: Settings) -> asyncpg.Connection:
@@ -52,6 +58,11 @@ async def connect(settings: Settings) -> asyncpg.Connection:
         async for attempt in retrying(settings, "PostgreSQL", _passing):
             with attempt:
                 return await open_connection(settings)
+    except ValueError:  # its text may quote the password
+        raise UsageError(
+            "DATABASE_URL is not an address like postgresql://user:password@host:5432/name; "
+            "in user and password write / as %2F, # as %23, ? as %3F, @ as %40"
+        ) from None
     except WRONG as error:
         raise UsageError(f"PostgreSQL at {where(settings)} refuses us (DATABASE_URL): {error}") from error
     except (*AWAY, asyncpg.PostgresError) as error:
@@ -83,31 +94,26 @@ async def prepare(settings: Settings) -> None:
     """Waits for PostgreSQL and migrates it to the newest schema; raises UsageError, TapedeckError."""
     connection = await connect(settings)
     try:
-        await _migrate(connection)
-    except (*AWAY, asyncpg.PostgresError) as error:
+        await _migrate(connection, settings.database_url.get_secret_value())
+    except (*AWAY, asyncpg.PostgresError, psycopg.Error) as error:
         raise TapedeckError(f"PostgreSQL at {where(settings)} cannot be migrated: {error!r}") from error
     finally:
         connection.terminate()
 
 
-async def _migrate(connection: asyncpg.Connection) -> None:
-    """All that is missing in one transaction, and the lock goes with it: a process killed half way leaves
-    nothing behind, neither a lock nor half a schema."""
-    async with connection.transaction():
-        if not await connection.fetchval("SELECT pg_try_advisory_xact_lock($1)", LOCK):
-            log.info("another process migrates the database, waiting for it")
-            await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK, timeout=MIGRATION_S)
-        await connection.execute(
-            "CREATE TABLE IF NOT EXISTS schema_migrations "
-            "(name text PRIMARY KEY, applied timestamptz NOT NULL DEFAULT now())"
-        )
-        applied = {row["name"] for row in await connection.fetch("SELECT name FROM schema_migrations")}
-        for name, sql in await asyncio.to_thread(_migrations):
-            if name not in applied:
-                log.info("migrating", name=name)
-                await connection.execute(sql, timeout=MIGRATION_S)
-                await connection.execute("INSERT INTO schema_migrations (name) VALUES ($1)", name)
+async def _migrate(connection: asyncpg.Connection, url: str) -> None:
+    """One process migrates, the others wait for it. The lock goes with the session: yoyo's own is a row that
+    a killed process leaves behind."""
+    if not await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK):
+        log.info("another process migrates the database, waiting for it")
+        await connection.execute("SELECT pg_advisory_lock($1)", LOCK, timeout=MIGRATION_S)
+    await asyncio.to_thread(_apply, url)
 
 
-def _migrations() -> list[tuple[str, str]]:
-    return [(file.stem, file.read_text()) for file in sorted(MIGRATIONS.glob("*.sql"))]
+def _apply(url: str) -> None:
+    _, _, rest = url.partition("://")
+    backend = yoyo.get_backend(f"postgresql+psycopg://{rest}")
+    try:
+        backend.apply_migrations(backend.to_apply(yoyo.read_migrations(str(MIGRATIONS))))
+    finally:
+        backend.connection.close()

@@ -19,9 +19,7 @@ REBUILD_SECONDS = Histogram("tapedeck_processor_rebuild_seconds", "How long a re
 WATERMARK = Gauge("tapedeck_processor_watermark_seconds", "Last tick", ["partition"])
 
 ROWS = Counter("tapedeck_sink_rows", "Rows written", ["table"])
-ROW_DUPLICATES = Counter(
-    "tapedeck_sink_duplicates", "Records dropped by a table's key or a bar's order", ["table"]
-)
+ROW_DUPLICATES = Counter("tapedeck_sink_duplicates", "Records dropped by a table's key or a bar's order", ["table"])
 UNDECODABLE = Counter("tapedeck_sink_undecodable", "Records that make no row, passed over", ["table"])
 COMMIT_SECONDS = Histogram("tapedeck_sink_commit_seconds", "Time of one transaction", ["table"])
 SINK_LAG = Gauge("tapedeck_sink_lag_records", "Records between the table and the end of its topic", ["table"])

@@ -24,9 +24,7 @@ class Settings(BaseSettings):
     )
     kafka_sasl_username: str | None = Field(None, description="SASL user")
     kafka_sasl_password: SecretStr | None = Field(None, description="SASL password")
-    kafka_ssl_ca_file: str | None = Field(
-        None, description="CA certificates (PEM) for the brokers; default: system"
-    )
+    kafka_ssl_ca_file: str | None = Field(None, description="CA certificates (PEM) for the brokers; default: system")
     kafka_ssl_cert_file: str | None = Field(None, description="Client certificate (PEM), for mutual TLS")
     kafka_ssl_key_file: str | None = Field(None, description="Key of the client certificate (PEM)")
     kafka_replication_factor: int | None = Field(
@@ -35,9 +33,7 @@ class Settings(BaseSettings):
     worker_id: str | None = Field(
         None, description="Unique to each process and kept over restarts: its partitions come back at once"
     )
-    topic_prefix: str = Field(
-        "", description="Put before every topic name and consumer group, to keep lines apart"
-    )
+    topic_prefix: str = Field("", description="Put before every topic name and consumer group, to keep lines apart")
 
     database_url: SecretStr = Field(
         SecretStr("postgresql://postgres@127.0.0.1:5432/tapedeck"),
@@ -58,9 +54,7 @@ class Settings(BaseSettings):
     )
 
     slice_linger_ms: float = Field(5, ge=0, le=1000, description="How long a slice waits for more events")
-    feed_usual_s: float = Field(
-        10, gt=0, description="Without data for longer than this the feed is not called alive"
-    )
+    feed_usual_s: float = Field(10, gt=0, description="Without data for longer than this the feed is not called alive")
     lateness_s: float = Field(900, ge=120, description="How late a trade may come and still change its bar")
     grace_s: float = Field(2, ge=0, le=30, description="How long after its end a bar waits for trades")
 
@@ -68,12 +62,12 @@ class Settings(BaseSettings):
     sink_batch_ms: float = Field(100, gt=0, description="How long a sink waits for a batch to fill")
 
     http_host: str = Field("127.0.0.1", description="Where /metrics and /health listen")
-    http_port: int | None = Field(None, description="Their port; default: one for each kind of process, 0: any")
+    http_port: int | None = Field(
+        None, ge=0, le=65535, description="Their port; default: one for each kind of process, 0: any"
+    )
     connect_timeout_s: float = Field(60, gt=0, description="How long to try Kafka and PostgreSQL at start")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="What to log")
-    log_format: Literal["auto", "console", "json"] = Field(
-        "auto", description="auto: console on a terminal, else JSON"
-    )
+    log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else JSON")
 
     @field_validator("symbols", "streams", mode="before")
     @classmethod

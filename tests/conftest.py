@@ -182,9 +182,7 @@ async def publish(settings: Settings) -> AsyncIterator[Publish]:
     publisher = kafka_clients.Publisher(settings)
     await publisher.start()
 
-    async def publish(
-        topic: topics.Topic, partition: int, values: Iterable[msgspec.Struct | bytes | None]
-    ) -> None:
+    async def publish(topic: topics.Topic, partition: int, values: Iterable[msgspec.Struct | bytes | None]) -> None:
         await publisher.publish(
             kafka_clients.Message(
                 settings.topic_prefix + topic.name,

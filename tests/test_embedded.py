@@ -225,9 +225,7 @@ def test_a_folder_that_postgres_cannot_enter_is_named(base: Path) -> None:
         prepare_postgres(closed / "data")
 
 
-def test_a_jar_with_the_wrong_checksum_is_refused_and_deleted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_jar_with_the_wrong_checksum_is_refused_and_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ensure_jars()
     jar = locked_jars()[-1]
     shutil.copytree(jar.path.parent, tmp_path / "jars")

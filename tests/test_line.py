@@ -105,9 +105,7 @@ def assert_only_too_short(result: dict[str, Any]) -> None:
 
 
 def test_two_demos_side_by_side_share_nothing_and_account_for_every_event(folder: Path) -> None:
-    demos = [
-        Demo(folder.parent / name, "--seconds", "9", "--seed", seed) for name, seed in (("a", "1"), ("b", "2"))
-    ]
+    demos = [Demo(folder.parent / name, "--seconds", "9", "--seed", seed) for name, seed in (("a", "1"), ("b", "2"))]
     for demo in demos:
         result = demo.result()
         assert_ok(result)
@@ -225,11 +223,9 @@ async def test_a_real_recording_passes_whole_and_its_bars_are_the_exchanges_own(
     try:
         connection = await asyncpg.connect(environment["DATABASE_URL"])
         rows = await connection.fetch("SELECT * FROM crypto_aggregates ORDER BY start")
-        counts = dict(
-            await connection.fetch("SELECT ts_event / 60000000000, count(*) FROM crypto_trades GROUP BY 1")
-        )
+        counted = await connection.fetch("SELECT ts_event / 60000000000, count(*) FROM crypto_trades GROUP BY 1")
         await connection.close()
-        bars = {row["start"]: row for row in rows}
+        bars, counts = {row["start"]: row for row in rows}, dict(counted)
         assert len(klines()) == 10
         for start, kline in klines().items():
             bar = bars[start]

@@ -165,9 +165,7 @@ async def raw_log(settings: Settings) -> dict[int, list[RawRecord]]:
         ends = await reader.end_offsets(places)
         while sum(map(len, found.values())) < sum(ends.values()):
             for place, records in (await reader.getmany(timeout_ms=500)).items():
-                found[place.partition] += [
-                    from_kafka(r.partition, r.timestamp, r.headers, r.value) for r in records
-                ]
+                found[place.partition] += [from_kafka(r.partition, r.timestamp, r.headers, r.value) for r in records]
     finally:
         await reader.stop()
     return found

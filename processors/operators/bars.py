@@ -93,6 +93,7 @@ class Bars:
         self._fingerprint = fingerprint
         self._minutes: dict[int, dict[str, _Minute]] = {}
         self._gaps: list[_SeenGap] = []
+        self._oldest = 0  # the first minute that may still change
 
     def closed(self, start: int, tick: int) -> bool:
         """Whether the minute from `start` is closed as of the tick."""
@@ -142,18 +143,19 @@ class Bars:
                     bars.append(self._bar(symbol, start, minute))
             if start + MINUTE_NS <= horizon:
                 del self._minutes[start]
-        oldest = horizon - horizon % MINUTE_NS
-        if self._gaps and min(g.gap.to for g in self._gaps) < oldest:
-            self._gaps = [g for g in self._gaps if g.gap.to >= oldest]
+        self._oldest = horizon - horizon % MINUTE_NS
+        if self._gaps and min(g.gap.to for g in self._gaps) < self._oldest:
+            self._gaps = [g for g in self._gaps if g.gap.to >= self._oldest]
         return bars
 
-    def close(self, tick: int, end: int) -> list[Bar]:
-        """Every bar still open or changed, as if the recording ended at `end`: those are `partial`."""
+    def close(self, tick: int) -> list[Bar]:
+        """Every bar still open or changed, as if the recording ended at the tick: the open are `partial`.
+        Not at the last record, whose time goes by how events were cut into records."""
         bars = []
         for start, symbols in sorted(self._minutes.items()):
             for symbol, minute in sorted(symbols.items()):
                 if not self.closed(start, tick):
-                    bars.append(self._bar(symbol, start, minute, end))
+                    bars.append(self._bar(symbol, start, minute, tick))
                 elif minute.dirty:
                     bars.append(self._bar(symbol, start, minute))
         return bars
@@ -197,9 +199,11 @@ class Bars:
         )
 
     def state(self) -> object:
+        """What decides about later bars. A gap from before the horizon came before those minutes closed, whatever
+        its tick: a rebuild that begins with it does not know the tick before it."""
         return (
             {start: {s: m.state() for s, m in symbols.items()} for start, symbols in self._minutes.items()},
-            [(g.gap, g.before) for g in self._gaps],
+            [(g.gap, max(g.before, self._oldest)) for g in self._gaps],
         )
 
 

@@ -69,6 +69,8 @@ def trade(message: XT, recv: int, flags: list[str], epoch: int, partition: int, 
     trade_id = str(message.i)
     if not trade_id or len(trade_id) > 200 or "\x00" in trade_id:
         raise CannotNormalize("trade id is empty, too long or has a NUL in it")
+    if message.c and len(message.c) > 100:
+        raise CannotNormalize(f"{len(message.c)} conditions")
     if message.c and not all(-(2**31) <= condition < 2**31 for condition in message.c):
         raise CannotNormalize("a condition is out of bounds")
     exchange = _small_int("exchange", message.x)

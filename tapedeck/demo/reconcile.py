@@ -28,7 +28,7 @@ class SentLine(msgspec.Struct):
 
     frame: msgspec.Raw = msgspec.Raw()
     base64: bytes = b""
-    clock_ns: int = 0
+    clock_ns: int | None = None
 
 
 @dataclass
@@ -140,7 +140,7 @@ class Reconciler:
         self._closed_ns = closed_ns
         self._clock = 0
         self._used: set[tuple[str, int, str, int]] = set()
-        self._known = {key[:3] for key in tables.trades}
+        self._known = {(*key[:3], key[3] // MINUTE_NS) for key in tables.trades}
         self._quotes, self._vendor_bars = tables.quotes.copy(), tables.vendor_bars.copy()
         self._bars: dict[tuple[str, int], _Bar] = {}
         self._symbols: set[str] = set()
@@ -160,42 +160,57 @@ class Reconciler:
             messages: list[Any] = wire.decode_slice(data)
         except wire.DECODE_ERRORS:
             messages = [_message(part) for part in parts]
+        sent_ns = line.clock_ns
         for message in messages:
             time_ms = message.s if isinstance(message, wire.XA) else getattr(message, "t", 0)
-            if time_ms >= wire.EARLIEST_MS and time_ms * NS_PER_MS <= line.clock_ns:
-                self._clock = max(self._clock, time_ms * NS_PER_MS)
+            time_ns = time_ms * NS_PER_MS if wire.EARLIEST_MS <= time_ms < wire.LATEST_MS else 0
+            if sent_ns is None or time_ns <= sent_ns:
+                self._clock = max(self._clock, time_ns)
         for message, part in zip(messages, parts, strict=True):
-            self._copy(message, part, line.clock_ns)
+            self._copy(message, bytes(part), self._clock if sent_ns is None else sent_ns)
 
-    def _copy(self, message: Any, part: msgspec.Raw, sent_ns: int) -> None:
+    def _copy(self, message: Any, data: bytes, sent_ns: int) -> None:
         if isinstance(message, str):
-            self._unparsed(bytes(part))
+            if _STATUS not in data:  # a vendor's session is no part of its tape
+                self._unparsed(data)
             return
         stream = "XA" if isinstance(message, wire.XA) else type(message).__name__
         self._report.sent[stream] += 1
         self._place += 1
-        try:
-            symbol = wire.symbol_of(message.pair)
-        except ValueError:
-            symbol = ""
+        if term := self._refused(data):
+            term[stream] += 1
+            return
+        symbol = wire.symbol_of(message.pair)
         if isinstance(message, wire.XT):
-            self._symbols.add(symbol)
             found = self._trade(message, symbol)
+            if found == "stored":
+                self._symbols.add(symbol)
         elif isinstance(message, wire.XQ):
             found = self._content(self._quotes, quote_content(message, symbol))
         else:
             found = self._content(self._vendor_bars, vendor_content(message, symbol))
-        if not found:
-            self._elsewhere(stream, bytes(part), message.pair, sent_ns)
-        else:
+        if found:
             getattr(self._report, found)[stream] += 1
+        else:
+            self._missing(stream, data, symbol, sent_ns)
+
+    def _refused(self, data: bytes) -> Counter[str] | None:
+        """The term of a copy whose very bytes were quarantined or dead-lettered: it is in no table."""
+        for rest, term in (
+            (self._quarantined, self._report.quarantined),
+            (self._dead, self._report.deadletters),
+        ):
+            if rest[data] > 0:
+                rest[data] -= 1
+                return term
+        return None
 
     def _trade(self, message: wire.XT, symbol: str) -> str:
         ts = message.t * NS_PER_MS
         key = (symbol, message.x, str(message.i), ts)
         row = self._tables.trades.get(key)
         if row is None or key in self._used:
-            return "duplicates" if key[:3] in self._known else ""
+            return "duplicates" if (*key[:3], ts // MINUTE_NS) in self._known else ""
         price, size, side, too_late = row
         self._used.add(key)
         if (price, size) != (message.p, message.s):
@@ -216,14 +231,9 @@ class Reconciler:
         rows[content] -= 1
         return "stored"
 
-    def _elsewhere(self, stream: str, data: bytes, pair: str, sent_ns: int) -> None:
-        """Neither in a table nor a repeat: quarantined, dead, in a gap, or left over."""
+    def _missing(self, stream: str, data: bytes, pair: str, sent_ns: int) -> None:
+        """In no table and no repeat: in a gap, or left over."""
         report = self._report
-        for rest, term in ((self._quarantined, report.quarantined), (self._dead, report.deadletters)):
-            if rest[data] > 0:
-                rest[data] -= 1
-                term[stream] += 1
-                return
         partition = (murmur2(pair.encode()) & 0x7FFFFFFF) % PARTITIONS if pair else 0
         for gap in self._gaps:
             begins_before = gap.from_ is None or gap.from_ <= max(self._clock, sent_ns)
@@ -236,7 +246,10 @@ class Reconciler:
     def _unparsed(self, data: bytes) -> None:
         """Bytes that are no event: they must be in the dead letters, whole."""
         self._report.sent["other"] += 1
-        self._elsewhere("other", data, "", 0)
+        if term := self._refused(data):
+            term["other"] += 1
+        else:
+            self._missing("other", data, "", self._clock)
 
     def report(self) -> Report:
         """After the last line."""
@@ -258,10 +271,11 @@ class Reconciler:
                 report.bars_wrong += 1
                 report.examples.append(f"bar {key} is {row}, recomputed {bar.values()}")
         report.bars_extra = len(self._tables.bars.keys() - self._bars.keys())
-        report.unchecked_symbols = sorted(self._symbols - checked - {""})
+        report.unchecked_symbols = sorted(self._symbols - checked)
         return report
 
 
+_STATUS = b'"status"'
 _decode_line = msgspec.json.Decoder(SentLine).decode
 
 

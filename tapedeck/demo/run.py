@@ -64,7 +64,7 @@ class DemoOptions(NamedTuple):
 def run(settings: Settings, options: DemoOptions) -> int:
     """Returns the exit code: 0 only if everything is accounted for. Raises TapedeckError, UsageError."""
     logs.configure(settings.model_copy(update={"log_level": "WARNING"}), "demo")
-    if options.live and settings.polygon_api_key is None:
+    if options.live and not settings.polygon_api_key:
         raise UsageError("POLYGON_API_KEY is not set: --live needs a key")
     if options.live and options.frames:
         raise UsageError("give either --live or --frames")
@@ -291,9 +291,7 @@ class Demo:
                 produced.get("tapedeck_producer_errors_total", 0),
             )
         )
-        rows.append(
-            ("process", taken, max(0.0, published - taken), worked.get("tapedeck_processor_events_total", 0))
-        )
+        rows.append(("process", taken, max(0.0, published - taken), worked.get("tapedeck_processor_events_total", 0)))
         for name in SINKS:
             sink = numbers.get(f"sink {name}", {})
             written = sink.get("tapedeck_sink_rows_total", 0)
@@ -474,8 +472,7 @@ def _gaps(watch: Watch) -> list[dict[str, Any]]:
 async def _fetch(connection: asyncpg.Connection) -> Tables:
     """The tables as the reconciler wants them."""
     trades = await connection.fetch(
-        "SELECT symbol, exchange, trade_id, ts_event, price, size, side, 'too_late' = ANY(flags) "
-        "FROM crypto_trades"
+        "SELECT symbol, exchange, trade_id, ts_event, price, size, side, 'too_late' = ANY(flags) FROM crypto_trades"
     )
     quotes = await connection.fetch(
         "SELECT symbol, ts_event, bid_price, bid_size, ask_price, ask_size, exchange FROM crypto_quotes"

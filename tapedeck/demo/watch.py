@@ -60,9 +60,7 @@ class Watch:
     async def run(self) -> None:
         """Reads until cancelled; troubles of Kafka are waited out."""
         places = [
-            TopicPartition(self._prefix + topic.name, number)
-            for topic in READ
-            for number in range(topics.PARTITIONS)
+            TopicPartition(self._prefix + topic.name, number) for topic in READ for number in range(topics.PARTITIONS)
         ]
         while True:
             consumer = AIOKafkaConsumer(

@@ -105,8 +105,7 @@ def refuse_if_running(service: Service) -> None:
     """Raise EmbeddedError if the server already runs: two on one data folder would ruin it."""
     if process := find(service):
         raise EmbeddedError(
-            f"{service.name} already runs on {service.cwd} as process {process.pid}. "
-            "Use it as it is, or stop it first."
+            f"{service.name} already runs on {service.cwd} as process {process.pid}. Use it as it is, or stop it first."
         )
 
 

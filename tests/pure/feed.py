@@ -1,6 +1,7 @@
 """A producer's slicer driven by hand, from frames to the log and on to what becomes of it."""
 
 from collections.abc import Iterable
+from fractions import Fraction
 
 from processors.pipeline import Output, Pipeline
 from processors.settings import PipelineSettings
@@ -10,6 +11,7 @@ from producers.split import split_frame
 from schemas.events import NS_PER_MS
 from schemas.raw import RawRecord
 
+Ms = float | Fraction
 T0 = 1_732_200_000_000  # ms, a whole minute
 LATENCY_MS = 45
 
@@ -46,11 +48,11 @@ class Feed:
         if connected:
             self.slicer.connected()
 
-    def frame(self, recv_ms: float, *events: bytes) -> None:
+    def frame(self, recv_ms: Ms, *events: bytes) -> None:
         """One frame of these events."""
         self.raw(recv_ms, b"[" + b",".join(events) + b"]")
 
-    def raw(self, recv_ms: float, data: bytes) -> None:
+    def raw(self, recv_ms: Ms, data: bytes) -> None:
         """One frame of these bytes."""
         self.until(recv_ms)
         self.slicer.frame(market_items(split_frame(data)), _ns(recv_ms))
@@ -60,7 +62,7 @@ class Feed:
         """One frame, received the usual latency after `t`."""
         self.frame(t + self.latency_ms, *events)
 
-    def until(self, recv_ms: float) -> None:
+    def until(self, recv_ms: Ms) -> None:
         """Nothing comes until then."""
         now = _ns(recv_ms)
         while (due := self.slicer.deadline()) is not None and due < now:
@@ -69,22 +71,22 @@ class Feed:
         self.slicer.advance(now)
         self.take()
 
-    def pong(self, recv_ms: float) -> None:
+    def pong(self, recv_ms: Ms) -> None:
         self.until(recv_ms)
         self.slicer.pong(_ns(recv_ms))
         self.take()
 
-    def lost(self, recv_ms: float, reason: str = "reconnect") -> None:
+    def lost(self, recv_ms: Ms, reason: str = "reconnect") -> None:
         self.until(recv_ms)
         self.slicer.lost(reason, _ns(recv_ms))
         self.take()
 
-    def stop(self, recv_ms: float) -> None:
+    def stop(self, recv_ms: Ms) -> None:
         self.until(recv_ms)
         self.slicer.stop(_ns(recv_ms))
         self.take()
 
-    def flush(self, recv_ms: float) -> None:
+    def flush(self, recv_ms: Ms) -> None:
         self.until(recv_ms)
         self.slicer.flush(_ns(recv_ms))
         self.take()
@@ -112,12 +114,14 @@ class Feed:
         )
 
 
-def _ns(recv_ms: float) -> int:
+def _ns(recv_ms: Ms) -> int:
     return round(recv_ms * NS_PER_MS)
 
 
-def through(records: Iterable[RawRecord], settings: PipelineSettings | None = None) -> list[Output]:
-    """One pass over all partitions."""
+def through(
+    records: Iterable[RawRecord], settings: PipelineSettings | None = None, close: bool = False
+) -> list[Output]:
+    """One pass over all partitions, like `compute` with or without `--close`."""
     settings = settings or PipelineSettings()
     pipelines: dict[int, Pipeline] = {}
     outputs = []
@@ -125,4 +129,6 @@ def through(records: Iterable[RawRecord], settings: PipelineSettings | None = No
         if record.partition not in pipelines:
             pipelines[record.partition] = Pipeline(record.partition, settings)
         outputs += pipelines[record.partition].process(record)
+    if close:
+        outputs += [output for pipeline in pipelines.values() for output in pipeline.close()]
     return outputs

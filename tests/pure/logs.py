@@ -136,9 +136,7 @@ trades = st.builds(
     st.sampled_from(["0.5", "4.522e-05", "1", "0.1", "0.2", "1e-18", "7.000"]),
     st.sampled_from(["[1]", "[2]", "[0]", "[]", "null", "[1,2]"]),
 )
-quotes = st.builds(
-    Quote, st.sampled_from([0, 5, 700, MINUTE, *AHEAD_MS]), pairs, st.sampled_from(["1", "2", "null"])
-)
+quotes = st.builds(Quote, st.sampled_from([0, 5, 700, MINUTE, *AHEAD_MS]), pairs, st.sampled_from(["1", "2", "null"]))
 aggregates = st.builds(Aggregate, st.sampled_from([1, 1, 2, 30, -1]), pairs, st.sampled_from(["3.5", "0", "1e3"]))
 hushes = st.builds(
     Hush,
@@ -213,8 +211,7 @@ class _Timeline:
                 start = (self.clock // MINUTE - minutes) * MINUTE
                 numbers = b'"o":1.50,"h":2,"l":1,"c":1.7,"vw":1.6,"z":0.1,"v":%s' % volume.encode()
                 self._event(
-                    b'{"ev":"XA","pair":"%s",%s,"s":%d,"e":%d}'
-                    % (pair.encode(), numbers, start, start + MINUTE),
+                    b'{"ev":"XA","pair":"%s",%s,"s":%d,"e":%d}' % (pair.encode(), numbers, start, start + MINUTE),
                     start,
                 )
             case Odd(data):
@@ -330,9 +327,7 @@ class Sent(NamedTuple):
     holes: list[tuple[int | None, RawRecord]]
 
 
-sendable = st.builds(
-    Fault, st.sampled_from(["resend", "overtake", "overtake"]), st.integers(0, 200), st.integers(1, 2)
-)
+sendable = st.builds(Fault, st.sampled_from(["resend", "overtake", "overtake"]), st.integers(0, 200), st.integers(1, 2))
 fatal = st.builds(Fault, st.sampled_from(["lost", "hole"]), st.integers(0, 200), st.integers(1, 2))
 zombies = st.builds(Zombie, st.integers(0, 200), st.integers(1, 3), st.integers(0, 50))
 

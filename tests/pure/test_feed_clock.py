@@ -289,7 +289,7 @@ class TestIdle:
         for t in range(T0 + 3_000, T0 + MINUTE, 500):
             feed.at(t, xt(t + HOUR), xt(t + HOUR, x=2))
         now = T0 + HOUR + 5 * MINUTE
-        for t in range(T0 + MINUTE, now, 1_000):
+        for t in range(T0 + MINUTE, now, 5_000):
             feed.at(t, xt(t), xt(t, x=2))
         feed.at(now, xt(now + HOUR // 2, x=3))
         for t in range(now + 100, now + 4_000, 100):
