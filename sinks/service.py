@@ -201,7 +201,7 @@ class Sink:
 
     async def _trouble(self, what: str, error: BaseException) -> None:
         """Something is away or said no: nothing was written, so go back and try again."""
-        error = error.__context__ or error  # asyncpg's last complaint about a lost connection hides why it was lost
+        error = error.__context__ or error  # asyncpg's last word about a lost connection hides why it was lost
         if not (self._shell.health[self._table.name] or "").startswith(what):
             log.warning(f"trouble with {what}: the rows wait in Kafka", table=self._table.name, error=repr(error))
         self._shell.health[self._table.name] = f"{what}: {error!r}"

@@ -1,6 +1,7 @@
 """PostgreSQL as every part uses it: connecting with patience, migrating to the newest schema."""
 
 import asyncio
+import os
 import re
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -102,8 +103,7 @@ async def prepare(settings: Settings) -> None:
 
 
 async def _migrate(connection: asyncpg.Connection, url: str) -> None:
-    """One process migrates, the others wait for it. The lock goes with the session: yoyo's own is a row that
-    a killed process leaves behind."""
+    """One process migrates, the others wait for it. The lock goes with the session."""
     if not await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK):
         log.info("another process migrates the database, waiting for it")
         await connection.execute("SELECT pg_advisory_lock($1)", LOCK, timeout=MIGRATION_S)
@@ -113,7 +113,10 @@ async def _migrate(connection: asyncpg.Connection, url: str) -> None:
 def _apply(url: str) -> None:
     _, _, rest = url.partition("://")
     backend = yoyo.get_backend(f"postgresql+psycopg://{rest}")
+    # yoyo asks for a name, and a bare user id in a container has none.
+    os.environ.setdefault("LOGNAME", str(os.getuid()))
     try:
+        backend.break_lock()  # its own lock is a row, and a process killed with it leaves it behind
         backend.apply_migrations(backend.to_apply(yoyo.read_migrations(str(MIGRATIONS))))
     finally:
         backend.connection.close()

@@ -2,10 +2,12 @@
 
 import asyncio
 import os
+import pwd
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -107,11 +109,8 @@ async def test_one_killed_half_way_leaves_no_lock_and_no_half_schema(settings: S
     watching = await connected(settings)
     process = migrating(settings, SLOW)
 
-    async def half_way() -> bool:
-        asleep = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
-        return bool(await watching.fetchval(asleep))
-
-    await until(half_way)
+    asleep = "FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
+    await until(partial(watching.fetchval, f"SELECT count(*) {asleep}"))
     waiting = asyncio.create_task(database.prepare(settings))
     await asyncio.sleep(0.3)
     assert not waiting.done()
@@ -119,11 +118,43 @@ async def test_one_killed_half_way_leaves_no_lock_and_no_half_schema(settings: S
     process.send_signal(signal.SIGKILL)
     process.wait()
     # The server finds out when it next looks: at the end of the statement, which nobody waits for here.
-    await watching.execute("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
+    await watching.execute(f"SELECT pg_cancel_backend(pid) {asleep}")
     await asyncio.wait_for(waiting, 10)
     assert (await schema(settings)).keys() >= TABLES
     assert "half" not in await schema(settings)
     await watching.close()
+
+
+KILLED = f"""
+import os, yoyo
+from yoyo import internalmigrations
+from yoyo.backends.base import DatabaseBackend
+%s = lambda *_, **__: os.kill(os.getpid(), 9)
+{MIGRATE}
+"""
+
+
+@pytest.mark.parametrize(
+    "step",
+    ["DatabaseBackend.mark_one", "internalmigrations.upgrade"],
+    ids=["after a migration and before it is noted", "inside the library's own lock"],
+)
+async def test_one_killed_inside_the_library_does_not_block_the_next(settings: Settings, step: str) -> None:
+    assert await asyncio.to_thread(migrating(settings, KILLED % step).wait, 30) == -signal.SIGKILL
+    await asyncio.wait_for(database.prepare(settings), 5)
+    assert (await schema(settings)).keys() >= TABLES
+
+
+async def test_a_user_without_a_name_can_migrate(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a bare user id."""
+
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    await database.prepare(settings)
 
 
 async def test_waiting_for_the_lock_can_be_given_up_at_once(settings: Settings) -> None:

@@ -1,7 +1,9 @@
 -- Tables of events, each row once. Times are ns since the epoch as in the topics; `time` is the same for
 -- people, dashboards and hypertables. With TimescaleDB loaded they are hypertables, without it plain tables.
+--
+-- Every statement must bear being run twice: yoyo commits a migration before it notes that it did.
 
-CREATE TABLE sink_offsets (
+CREATE TABLE IF NOT EXISTS sink_offsets (
     sink        text    NOT NULL,
     topic       text    NOT NULL,
     partition   integer NOT NULL,
@@ -10,7 +12,7 @@ CREATE TABLE sink_offsets (
 );
 COMMENT ON TABLE sink_offsets IS 'Where each sink stands; moved in the transaction that writes the rows';
 
-CREATE TABLE crypto_trades (
+CREATE TABLE IF NOT EXISTS crypto_trades (
     time       timestamptz NOT NULL,
     symbol     text        NOT NULL,
     ts_event   bigint      NOT NULL,
@@ -29,9 +31,9 @@ CREATE TABLE crypto_trades (
     PRIMARY KEY (symbol, exchange, trade_id, time)
 );
 COMMENT ON TABLE crypto_trades IS 'trades.v1, each trade once';
-CREATE INDEX crypto_trades_symbol_time ON crypto_trades (symbol, time DESC);
+CREATE INDEX IF NOT EXISTS crypto_trades_symbol_time ON crypto_trades (symbol, time DESC);
 
-CREATE TABLE crypto_quotes (
+CREATE TABLE IF NOT EXISTS crypto_quotes (
     time      timestamptz NOT NULL,
     symbol    text        NOT NULL,
     ts_event  bigint      NOT NULL,
@@ -47,9 +49,9 @@ CREATE TABLE crypto_quotes (
     PRIMARY KEY (epoch, partition, n, time)
 );
 COMMENT ON TABLE crypto_quotes IS 'quotes.v1, each quote once, by the identity of its raw event';
-CREATE INDEX crypto_quotes_symbol_time ON crypto_quotes (symbol, time DESC);
+CREATE INDEX IF NOT EXISTS crypto_quotes_symbol_time ON crypto_quotes (symbol, time DESC);
 
-CREATE TABLE crypto_aggregates (
+CREATE TABLE IF NOT EXISTS crypto_aggregates (
     time        timestamptz NOT NULL,
     symbol      text        NOT NULL,
     interval    text        NOT NULL,
@@ -76,7 +78,7 @@ CREATE TABLE crypto_aggregates (
 );
 COMMENT ON TABLE crypto_aggregates IS 'Our bars, each at its highest (repair, revision)';
 
-CREATE TABLE vendor_bars (
+CREATE TABLE IF NOT EXISTS vendor_bars (
     time      timestamptz NOT NULL,
     symbol    text        NOT NULL,
     interval  text        NOT NULL,
@@ -95,9 +97,9 @@ CREATE TABLE vendor_bars (
     PRIMARY KEY (epoch, partition, n, time)
 );
 COMMENT ON TABLE vendor_bars IS 'Every aggregate message of the vendor, revisions included';
-CREATE INDEX vendor_bars_symbol_time ON vendor_bars (symbol, interval, time DESC);
+CREATE INDEX IF NOT EXISTS vendor_bars_symbol_time ON vendor_bars (symbol, interval, time DESC);
 
-CREATE VIEW vendor_bars_latest AS
+CREATE OR REPLACE VIEW vendor_bars_latest AS
 SELECT DISTINCT ON (symbol, interval, start) *
 FROM vendor_bars
 ORDER BY symbol, interval, start, epoch DESC, n DESC;
@@ -108,10 +110,10 @@ BEGIN
     -- A setting that is there when the library is loaded; shared_preload_libraries only superusers may read.
     IF current_setting('timescaledb.disable_load', true) IS NOT NULL THEN
         CREATE EXTENSION IF NOT EXISTS timescaledb;
-        PERFORM create_hypertable('crypto_trades', by_range('time', INTERVAL '1 day'));
-        PERFORM create_hypertable('crypto_quotes', by_range('time', INTERVAL '1 day'));
-        PERFORM create_hypertable('crypto_aggregates', by_range('time', INTERVAL '30 days'));
-        PERFORM create_hypertable('vendor_bars', by_range('time', INTERVAL '30 days'));
+        PERFORM create_hypertable('crypto_trades', by_range('time', INTERVAL '1 day'), if_not_exists => true);
+        PERFORM create_hypertable('crypto_quotes', by_range('time', INTERVAL '1 day'), if_not_exists => true);
+        PERFORM create_hypertable('crypto_aggregates', by_range('time', INTERVAL '30 days'), if_not_exists => true);
+        PERFORM create_hypertable('vendor_bars', by_range('time', INTERVAL '30 days'), if_not_exists => true);
     END IF;
 END
 $$;

@@ -142,7 +142,7 @@ hushes = st.builds(
     Hush,
     st.sampled_from([0, 1, 700, 5_000, MINUTE, 10 * MINUTE, 40 * MINUTE, 3 * HOUR]),
     st.sampled_from([None, 0, 300, 5_000, 61_000, 10 * MINUTE, 40 * MINUTE, 3 * HOUR]),
-    st.sampled_from([0, 0, 0, None, 100, MINUTE, 20 * MINUTE]),
+    st.sampled_from([0, 0, 0, None, 100, MINUTE, 20 * MINUTE, -5_000]),
     st.sampled_from([STREAMS, STREAMS, ("XT",), ("XQ",), ()]),
     st.sampled_from([("*",), ("*",), PAIRS[:1], PAIRS[1:], ("ETH-USD",)]),
     st.sampled_from(["reconnect", "stop", "start"]),

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from processors.pipeline import Output, Pipeline
@@ -511,6 +511,7 @@ class TestAgainstTheSlowWay:
         assert made == reference.bars
 
     @given(st.lists(st.tuples(widest, widest), min_size=1, max_size=20))
+    @example([(Decimal("1.234567890123456789012345678901234567891e-20"),) * 2, (Decimal("9" * 40 + "e-20"),) * 2])
     def test_sums_of_the_widest_numbers_are_exact(self, trades: list[tuple[Decimal, Decimal]]) -> None:
         tape = Tape()
         for price, size in trades:
