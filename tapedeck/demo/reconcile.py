@@ -177,7 +177,8 @@ class Reconciler:
         stream = "XA" if isinstance(message, wire.XA) else type(message).__name__
         self._report.sent[stream] += 1
         self._place += 1
-        if term := self._refused(data):
+        term = self._refused(data)
+        if term is not None:
             term[stream] += 1
             return
         symbol = wire.symbol_of(message.pair)
@@ -246,7 +247,8 @@ class Reconciler:
     def _unparsed(self, data: bytes) -> None:
         """Bytes that are no event: they must be in the dead letters, whole."""
         self._report.sent["other"] += 1
-        if term := self._refused(data):
+        term = self._refused(data)
+        if term is not None:
             term["other"] += 1
         else:
             self._missing("other", data, "", self._clock)
