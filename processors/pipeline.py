@@ -178,14 +178,16 @@ class Pipeline:
     # -- time --------------------------------------------------------------------------------------
 
     def _gap(self, record: RawRecord, at: int) -> None:
-        """A gap is noted first, then it ticks. Its end is never past its own time; null is its own time."""
+        """A gap is noted first, then it ticks. Its end is never past its own time, null is its own time, and its
+        beginning never past its end: it may be finer than the milliseconds of a record's time."""
         try:
             gap = decode_gap_value(record.value)
         except wire.DECODE_ERRORS as error:
             self._dead(record.value, f"not a gap: {error}", record.recv[0][0], record.epoch, record.n)
             return
         to = at if gap.to is None else min(gap.to, at)
-        self._note(Gap(gap.from_, to, gap.streams, gap.pairs, gap.reason, record.epoch, self.partition, record.n))
+        since = None if gap.from_ is None else min(gap.from_, to)
+        self._note(Gap(since, to, gap.streams, gap.pairs, gap.reason, record.epoch, self.partition, record.n))
         self._advance(at)
 
     def _note(self, gap: Gap) -> None:

@@ -223,7 +223,7 @@ async def test_a_real_recording_passes_whole_and_its_bars_are_the_exchanges_own(
     out = subprocess.run(
         [*services, "start", "--data-dir", str(folder)], capture_output=True, text=True, check=True
     ).stdout
-    environment = dict(line.removeprefix("export ").split("=", 1) for line in out.split())
+    environment = dict(line.removeprefix("export ").split("=", 1) for line in out.splitlines())
     try:
         connection = await asyncpg.connect(environment["DATABASE_URL"])
         rows = await connection.fetch("SELECT * FROM crypto_aggregates ORDER BY start")

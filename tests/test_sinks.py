@@ -354,6 +354,7 @@ async def test_two_sinks_share_the_partitions_and_either_may_freeze_or_die(
     async with load.running():
         await until(both_write)
         first.popen.send_signal(signal.SIGSTOP)
+    await load.burst()
     await all_once(db, load)  # the other has taken over
     first.popen.send_signal(signal.SIGCONT)
     before = await rows_taken(first)
@@ -364,6 +365,7 @@ async def test_two_sinks_share_the_partitions_and_either_may_freeze_or_die(
     async with load.running():
         await until(first_writes)
         second.popen.kill()
+    await load.burst()
     await all_once(db, load)
 
 

@@ -63,7 +63,8 @@ class Reference:
             elif record.kind == "gap":
                 gap = json.loads(record.value)
                 to = at if gap["to"] is None else min(at, gap["to"])
-                noted = Noted(gap["from"], to, gap["reason"], self.tick, gap["streams"], gap["pairs"])
+                since = None if gap["from"] is None else min(to, gap["from"])
+                noted = Noted(since, to, gap["reason"], self.tick, gap["streams"], gap["pairs"])
                 self.gaps.append(noted)
                 self._tick(at)
             elif record.kind == "tick":

@@ -17,7 +17,7 @@ from schemas.events import MINUTE_NS, NS_PER_MS, NS_PER_S
 from schemas.raw import GapValue, RawRecord, TickValue
 
 from . import logs
-from .feed import T0, xq, xt
+from .feed import T0, Feed, through, xq, xt
 from .reference import Reference, decoded, highest, twelve_digits
 
 SECOND, MINUTE, HOUR = 1_000, 60_000, 3_600_000
@@ -424,6 +424,17 @@ class TestGaps:
         tape.gap(30_000, 20_000, to=HOUR)
         (bar,) = tape.tick(62_000)
         assert bar["missing_ns"] == 10_000 * NS_PER_MS
+
+    def test_a_gap_never_begins_after_its_end(self) -> None:
+        """An orderly stop's begins at the clock, in ns, and ends at its record's time, in ms."""
+        feed = Feed()
+        feed.at(T0, xt(T0), xt(T0, x=2))
+        feed.pong(T0 + 3_500.75)
+        feed.stop(T0 + 3_500.75)
+        outputs = through(feed.records, close=True)
+        assert [bar["missing_ns"] for bar in bars_of(outputs)] == [MINUTE_NS - (feed.times("gap")[-1]) * NS_PER_MS]
+        gaps = [json.loads(output.value) for output in outputs if output.topic == topics.GAPS.name]
+        assert all(gap["from"] is None or gap["from"] <= gap["to"] for gap in gaps)
 
     def test_bars_open_when_a_silence_began_are_flagged_and_closed_by_the_gap_that_ends_it(self) -> None:
         """Rule 4: as two records, either the flag or the bar was lost in a rebuild."""
