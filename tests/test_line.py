@@ -108,25 +108,68 @@ def assert_only_too_short(result: dict[str, Any]) -> None:
     assert_only(result, "no final bar", "nothing was sent on XA")
 
 
-def test_two_demos_side_by_side_share_nothing_and_account_for_every_event(folder: Path) -> None:
-    demos = [Demo(folder.parent / name, "--seconds", "9", "--seed", seed) for name, seed in (("a", "1"), ("b", "2"))]
-    for demo in demos:
-        result = demo.result()
-        assert_ok(result)
-        assert result["in_gaps"] == result["duplicates"] == result["quarantined"] == result["deadletters"] == 0
-        assert all(result["sent"][stream] > 0 for stream in ("XT", "XQ", "XA"))
-        assert result["sent"] == result["stored"]
-        assert result["gaps"][:-1] == []  # an undisturbed run has none but the start, and the stop's own
-        assert not leftovers(demo.folder)
+MALFORMED = [
+    b'{"recv_ns":%d,"frame":[{"ev":"XT","pair":"BTC-USD","p":-5,"t":%d,"s":1,"i":1,"x":1}]}',
+    b'{"recv_ns":%d,"frame":[{"ev":"XT","pair":"BTC-USD","p":"NaN","t":%d,"s":1,"i":2,"x":1}]}',
+    b'{"recv_ns":%d,"frame":[{"ev":"XX","t":%d,"what":"unknown"}]}',
+    b'{"recv_ns":%d,"frame":[{"ev":"XT","pair":"BTC-USD","p":5,"t":%d000000,"s":1,"i":3,"x":1}]}',
+    b'{"recv_ns":%d,"frame":[{"ev":"XQ","pair":"BTC-USD","bp":5,"t":%d}]}',
+]
+
+
+def write_bad_frames(frames: Path) -> None:
+    """1,200 good trades and as many quotes; among them 13 bad ones and a repeat."""
+    begin = 1_723_161_240_000
+    with frames.open("wb") as file:
+        for number in range(1200):
+            ms = begin + number * 100
+            good = b'{"ev":"XT","pair":"BTC-USD","p":%d,"t":%d,"s":0.5,"i":"g%d","x":1,"c":[2]}' % (
+                100,
+                ms,
+                number,
+            )
+            quote = b'{"ev":"XQ","pair":"ETH-USD","bp":9,"bs":1,"ap":10,"as":1,"t":%d,"x":2}' % ms
+            file.write(b'{"recv_ns":%d,"frame":[%s,%s]}\n' % (ms * 1_000_000, good, quote))
+            if number % 100 == 50:
+                bad = MALFORMED[(number // 100) % len(MALFORMED)]
+                file.write(bad % (ms * 1_000_000, ms) + b"\n")
+        file.write(b'{"recv_ns":%d,"base64":"eyJub3QiOiAiYW4gYXJyYXkifQ=="}\n' % (ms * 1_000_000))
+        file.write(b'{"recv_ns":%d,"frame":[%s]}\n' % (ms * 1_000_000, good))  # a repeat
+
+
+def assert_undisturbed(result: dict[str, Any]) -> None:
+    assert result["in_gaps"] == result["quarantined"] == 0
+    assert result["gaps"][:-1] == []  # an undisturbed run has none but the start, and the stop's own
+
+
+def test_two_demos_side_by_side_share_nothing_and_bad_input_in_one_stops_neither(folder: Path, tmp_path: Path) -> None:
+    market = Demo(folder.parent / "market", "--seconds", "9")
+    bad = tmp_path / "frames.ndjson"
+    write_bad_frames(bad)
+    other = Demo(folder.parent / "bad", "--frames", str(bad), "--speed", "20")
+    result = market.result()
+    assert_ok(result)
+    assert_undisturbed(result)
+    assert result["duplicates"] == result["deadletters"] == 0
+    assert all(result["sent"][stream] > 0 for stream in ("XT", "XQ", "XA"))
+    assert result["sent"] == result["stored"]
+    result = other.result()
+    assert_ok(result)
+    assert_undisturbed(result)
+    assert result["deadletters"] == 13
+    assert result["duplicates"] == 1
+    assert result["stored"]["XT"] == result["stored"]["XQ"] == 1200
+    assert not leftovers(market.folder)
+    assert not leftovers(other.folder)
 
 
 def test_everything_but_the_producer_may_be_killed_and_every_event_is_stored(folder: Path) -> None:
-    demo = Demo(folder, "--seconds", "20")
+    demo = Demo(folder, "--seconds", "15")
     demo.flowing()
     for words in (("tapedeck", "process"), ("tapedeck", "sink", "trades"), ("kafka.Kafka",), ("bin/postgres",)):
         part = demo.part(*words)
         part.send_signal(signal.SIGKILL)
-        time.sleep(3)
+        time.sleep(2)
     result = demo.result()
     assert_ok(result)
     assert result["sent"] == result["stored"]
@@ -134,7 +177,7 @@ def test_everything_but_the_producer_may_be_killed_and_every_event_is_stored(fol
 
 
 def test_a_killed_producer_marks_its_absence_and_not_much_more(folder: Path) -> None:
-    demo = Demo(folder, "--seconds", "14", "--speed", "1", "--symbols", "BTC-USD,ETH-USD")
+    demo = Demo(folder, "--seconds", "11", "--speed", "1", "--symbols", "BTC-USD,ETH-USD")
     demo.flowing(300)
     killed = time.time()
     old = demo.part("tapedeck", "produce")
@@ -176,41 +219,6 @@ def test_ctrl_c_stops_in_order_within_five_seconds_and_a_killed_demo_leaves_a_cl
     assert took < 5
     assert_only(result, "no final bar", "what was on its way")  # on a machine that is too busy it says so
     assert result["left_over"] == result["extra"] == result["bars_wrong"] == result["bars_missing"] == 0
-
-
-MALFORMED = [
-    b'{"recv_ns":%d,"frame":[{"ev":"XT","pair":"BTC-USD","p":-5,"t":%d,"s":1,"i":1,"x":1}]}',
-    b'{"recv_ns":%d,"frame":[{"ev":"XT","pair":"BTC-USD","p":"NaN","t":%d,"s":1,"i":2,"x":1}]}',
-    b'{"recv_ns":%d,"frame":[{"ev":"XX","t":%d,"what":"unknown"}]}',
-    b'{"recv_ns":%d,"frame":[{"ev":"XT","pair":"BTC-USD","p":5,"t":%d000000,"s":1,"i":3,"x":1}]}',
-    b'{"recv_ns":%d,"frame":[{"ev":"XQ","pair":"BTC-USD","bp":5,"t":%d}]}',
-]
-
-
-def test_malformed_input_goes_to_the_dead_letters_and_the_stream_goes_on(folder: Path, tmp_path: Path) -> None:
-    begin = 1_723_161_240_000
-    frames = tmp_path / "frames.ndjson"
-    with frames.open("wb") as file:
-        for number in range(1200):
-            ms = begin + number * 100
-            good = b'{"ev":"XT","pair":"BTC-USD","p":%d,"t":%d,"s":0.5,"i":"g%d","x":1,"c":[2]}' % (
-                100,
-                ms,
-                number,
-            )
-            quote = b'{"ev":"XQ","pair":"ETH-USD","bp":9,"bs":1,"ap":10,"as":1,"t":%d,"x":2}' % ms
-            file.write(b'{"recv_ns":%d,"frame":[%s,%s]}\n' % (ms * 1_000_000, good, quote))
-            if number % 100 == 50:
-                bad = MALFORMED[(number // 100) % len(MALFORMED)]
-                file.write(bad % (ms * 1_000_000, ms) + b"\n")
-        file.write(b'{"recv_ns":%d,"base64":"eyJub3QiOiAiYW4gYXJyYXkifQ=="}\n' % (ms * 1_000_000))
-        file.write(b'{"recv_ns":%d,"frame":[%s]}\n' % (ms * 1_000_000, good))  # a repeat
-    result = Demo(folder, "--frames", str(frames), "--speed", "20").result()
-    assert_ok(result)
-    assert result["deadletters"] == 13
-    assert result["duplicates"] == 1
-    assert result["stored"]["XT"] == 1200
-    assert result["stored"]["XQ"] == 1200
 
 
 async def test_a_real_recording_passes_whole_and_its_bars_are_the_exchanges_own(folder: Path) -> None:
@@ -264,13 +272,16 @@ async def _topics_equal_compute(environment: dict[str, str], folder: Path) -> No
         await consumer.stop()
 
 
-@pytest.mark.parametrize(("speed", "seconds"), [("10", 90), ("1", 8)])
-def test_a_part_of_the_recording_at_its_own_pace_and_at_ten_times(folder: Path, speed: str, seconds: int) -> None:
-    frames = folder.parent / "frames.ndjson"
+def test_parts_of_the_recording_at_its_own_pace_and_at_ten_times(folder: Path) -> None:
     whole = recording()
-    part = [frame for frame in whole if frame.recv_ns < whole[0].recv_ns + seconds * 10**9]
-    write_frames(frames, part)
-    result = Demo(folder, "--frames", str(frames), "--speed", speed).result()
-    assert_only_too_short(result)
-    assert result["sent"] == result["stored"]
-    assert sum(result["sent"].values()) == len(part)
+    demos = []
+    for speed, seconds in (("1", 8), ("10", 90)):
+        frames = folder.parent / f"{speed}.ndjson"
+        part = [frame for frame in whole if frame.recv_ns < whole[0].recv_ns + seconds * 10**9]
+        write_frames(frames, part)
+        demos.append((Demo(folder.parent / speed, "--frames", str(frames), "--speed", speed), len(part)))
+    for demo, events in demos:
+        result = demo.result()
+        assert_only_too_short(result)
+        assert result["sent"] == result["stored"]
+        assert sum(result["sent"].values()) == events
