@@ -7,7 +7,9 @@ are in docs/feed-clock.md.
 """
 
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Sequence
+from statistics import median_low
 from typing import NamedTuple
 
 from schemas.events import NS_PER_S
@@ -17,6 +19,8 @@ HOLD_NS = 2 * NS_PER_S  # ... for at most this long
 HOLD_EVENTS = 1_000  # ... or until this many events wait
 WALL_AHEAD_NS = 60 * NS_PER_S  # nothing further past its own receive time is ever believed
 MARGIN_NS = NS_PER_S  # how far an idle clock stays behind elapsed time: deliveries are never that uneven
+LEAD_NS = NS_PER_S  # an exchange usually further ahead of all others than this does not move the clock
+USUAL_EVENTS = 32  # ... judged by the median of so many of its events, half of them at least
 
 
 class Claim(NamedTuple):
@@ -38,12 +42,32 @@ class FeedClock:
     def __init__(self, resume: tuple[int, int] | None = None) -> None:
         self.now: int | None = resume[0] if resume else None
         self._highest = self._last = resume
-        self._exchanges: set[int] = set()
+        self._ahead: dict[int, deque[int]] = {}  # of its receive time, by exchange, its latest events
+        self._heard = 0
+        self._leader: int | None = None
 
     def heard(self, claim: Claim) -> None:
-        """Notes who speaks on this feed, believed or not."""
-        if claim.exchange is not None:
-            self._exchanges.add(claim.exchange)
+        """Notes who speaks on this feed and how far ahead of its receive time, believed or not."""
+        if claim.exchange is None:
+            return
+        ahead = self._ahead.get(claim.exchange)
+        if ahead is None:
+            ahead = self._ahead[claim.exchange] = deque(maxlen=USUAL_EVENTS)
+        if claim.ts is not None:
+            ahead.append(claim.ts - claim.recv)
+            self._heard += 1
+            if self._heard % USUAL_EVENTS == 0:
+                self._leader = self._find_leader()
+
+    def _find_leader(self) -> int | None:
+        usual = ((median_low(ahead), x) for x, ahead in self._ahead.items() if len(ahead) >= USUAL_EVENTS // 2)
+        first, second, *_ = [*sorted(usual, reverse=True), None, None]
+        return first[1] if first and second and first[0] > second[0] + LEAD_NS else None
+
+    def leads(self, claim: Claim) -> bool:
+        """Whether the claim comes from an exchange whose clock is usually fast: true enough, but it must not
+        move ours. What is far ahead even of that is no habit, and judged like any other."""
+        return self._leader is not None and claim.exchange == self._leader and self.in_bounds(claim)
 
     @staticmethod
     def possible(claim: Claim) -> bool:
@@ -95,13 +119,15 @@ class FeedClock:
         return best
 
     def _independent(self, one: Claim, other: Claim) -> bool:
-        if len(self._exchanges) > 1 and one.exchange is not None:
+        if len(self._ahead) > 1 and one.exchange is not None:
             return other.exchange is not None and other.exchange != one.exchange
         return other.pair != one.pair
 
     def believe(self, claim: Claim) -> int:
         """Takes a believed claim in; returns what the clock should be moved to (never back), in ns."""
         assert claim.ts is not None
+        if self.now is not None and self.leads(claim):
+            return self.now
         self._last = (claim.ts, claim.recv)
         if self._highest is None or claim.ts > self._highest[0]:
             self._highest = self._last

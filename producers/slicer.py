@@ -191,7 +191,7 @@ class Slicer:
             return False
         claims = [claim for _, claim in self._held]
         waited = final or len(claims) >= HOLD_EVENTS or now >= claims[0].recv + HOLD_NS
-        telling = [claim for claim in claims if not claim.lagging] or claims
+        telling = [claim for claim in claims if not (claim.lagging or self.clock.leads(claim))] or claims
         believed = self._first_belief(telling, now, waited)
         if believed is not None:
             self.clock.believe(believed)

@@ -312,12 +312,42 @@ class TestIdle:
         assert ticked(feed)[-1] == 9_000
         assert quarantined(feed) == []
 
-    @pytest.mark.xfail(reason="the second half of rule 2 is not built: leaders move the clock", strict=True)
     def test_an_exchange_that_is_three_seconds_fast_does_not_move_the_clock(self) -> None:
         feed = started()
         for t in range(T0 + 2_250, T0 + 5 * MINUTE, 250):
             feed.at(t, xt(t + 3_000, x=3), xt(t), xt(t, x=2))
         assert ticked(feed)[-1] < 5 * MINUTE + 1_000
+        assert quarantined(feed) == []
+
+    def test_nor_does_it_while_the_others_are_quiet_or_when_it_ends_a_gap(self) -> None:
+        feed = started()
+        for t in range(T0 + 2_250, T0 + MINUTE, 250):
+            feed.at(t, xt(t + 3_000, x=3), xt(t), xt(t, x=2))
+        for t in range(T0 + MINUTE, T0 + 2 * MINUTE, 250):
+            feed.at(t, xt(t + 3_000, x=3))
+        assert ticked(feed)[-1] < 2 * MINUTE
+        feed.lost(T0 + 2 * MINUTE)
+        feed.slicer.connected()
+        for t in range(T0 + 2 * MINUTE, T0 + 3 * MINUTE, 250):
+            feed.at(t, xt(t + 3_000, x=3), xt(t), xt(t, x=2))
+        assert ticked(feed)[-1] < 3 * MINUTE + 1_000
+        assert quarantined(feed) == []
+
+    def test_two_fast_exchanges_vouch_for_each_other(self) -> None:
+        feed = started()
+        for t in range(T0 + 2_250, T0 + 5 * MINUTE, 250):
+            feed.at(t, xt(t + 3_000, x=3), xt(t + 3_000, x=4), xt(t), xt(t, x=2))
+        assert ticked(feed)[-1] > 5 * MINUTE + 1_000
+
+    def test_a_step_of_the_vendors_clock_that_one_exchange_shows_first_is_no_lead(self) -> None:
+        feed = started(DAY)
+        for t in range(T0 + 2_250, T0 + MINUTE, 250):
+            feed.at(t, xt(t), xt(t, x=2))
+        for t in range(T0 + MINUTE, T0 + 2 * MINUTE, 250):
+            feed.at(t, *[xt(t + HOUR, i=f"{t}-{n}") for n in range(4)], xt(t + HOUR, x=2))
+        feed.flush(T0 + DAY + 2 * MINUTE + 4_000)
+        assert quarantined(feed) == []
+        assert ticked(feed)[-1] >= HOUR + 2 * MINUTE - 1_000
 
 
 times = st.integers(-20 * MINUTE, 2 * MINUTE)
