@@ -4,7 +4,8 @@ import random
 from pathlib import Path
 
 PAIRS = [f"{base}-USD" for base in ("BTC", "ETH", "SOL", "XRP", "ADA", "DOGE", "DOT", "LTC", "LINK", "UNI")]
-BEGIN_MS = 1_723_161_240_000
+MINUTE_MS = 1_723_161_240_000
+BEGIN_MS = MINUTE_MS + 48_000  # a run of seconds sees a minute end
 
 
 def write_frames(path: Path, rate: int, seconds: float, per_frame: int = 1) -> int:
@@ -34,9 +35,9 @@ def write_frames(path: Path, rate: int, seconds: float, per_frame: int = 1) -> i
                     f'"as":2.25,"t":{ms},"x":1,"r":{ms + 20}}}'
                 )
             events.append(text)
-            if (ms - BEGIN_MS) // 60_000 > minutes or number == total // 2:
-                start = BEGIN_MS + minutes * 60_000
-                minutes = max(minutes, (ms - BEGIN_MS) // 60_000)
+            if (ms - MINUTE_MS) // 60_000 > minutes or number == total // 2:
+                start = MINUTE_MS + minutes * 60_000
+                minutes = max(minutes, (ms - MINUTE_MS) // 60_000)
                 events.append(
                     f'{{"ev":"XA","pair":"{pair}","o":1,"h":2,"l":1,"c":2,"v":3,"vw":1.5,"z":1,'
                     f'"s":{start},"e":{start + 60_000}}}'
