@@ -28,6 +28,7 @@ def main() -> None:
     for name in ("", "all", "of it making the environment"):
         table.add_column(name, justify="right")
     with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # PostgreSQL, started by root, runs as somebody else
         root = subprocess.run(
             ["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True
         ).stdout.strip()
