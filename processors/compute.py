@@ -9,7 +9,11 @@ from processors.settings import PipelineSettings
 from schemas import topics
 from schemas.raw import RawRecord
 
-FILES = {topic.name: topic.name.removesuffix(".v1") + ".ndjson" for topic in topics.ALL if topic != topics.RAW}
+FILES = {
+    topic.name: topic.name.removesuffix(".v1") + ".ndjson"
+    for topic in topics.ALL
+    if topic.values and topic is not topics.RAW
+}
 
 
 def compute(

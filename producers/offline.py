@@ -14,9 +14,10 @@ def records_of(
 ) -> Iterator[RawRecord]:
     """What a producer that received these frames at these times would have published, in order."""
     slicer = Slicer(settings, streams, pairs)
-    slicer.connected()
     now = 0
     for frame in frames:
+        if not now:
+            slicer.connected(frame.recv_ns)
         now = max(now, frame.recv_ns)
         while (due := slicer.deadline()) is not None and due < now:
             slicer.advance(due)

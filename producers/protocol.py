@@ -4,12 +4,14 @@ connected → auth → auth_success → subscribe → one acknowledgement for ea
 acknowledgement is not delivery: unknown pairs are acknowledged and then silent (docs/protocol.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import orjson
 
 from producers.split import Item, split_frame
 from schemas import wire
+from tapedeck.errors import UsageError
+from tapedeck.settings import Settings
 
 
 class SessionError(Exception):
@@ -28,6 +30,20 @@ class Refused(Exception):
     """Not one of the wanted channels may be subscribed to with this key."""
 
 
+def pairs_of(symbols: Iterable[str]) -> list[str]:
+    """Pairs as the vendor's subscriptions want them; raises UsageError for what is none."""
+    try:
+        return ["*" if symbol == "*" else wire.symbol_of(symbol) for symbol in symbols]
+    except ValueError as error:
+        raise UsageError(f"SYMBOLS: {error}") from error
+
+
+def params_of(settings: Settings) -> list[str]:
+    """What to subscribe to; raises UsageError for a pair that cannot be understood."""
+    pairs = pairs_of(settings.symbols)
+    return [f"{stream}.{pair}" for stream in settings.streams for pair in pairs]
+
+
 class Protocol:
     """One session. After `receive`, send what `to_send()` returns."""
 
@@ -36,8 +52,8 @@ class Protocol:
         self._params = list(params)
         self._pending: list[str] = []
         self._outbox: list[bytes] = []
-        self._asked = False
-        self.refused = 0
+        self.asked = False
+        self.refused: list[str] = []
         self.live = False
 
     def to_send(self) -> list[bytes]:
@@ -60,8 +76,8 @@ class Protocol:
             case "connected":
                 self._outbox.append(orjson.dumps({"action": "auth", "params": self._key}))
             case "auth_success":
-                if not self._asked:
-                    self._asked, self._pending = True, list(self._params)
+                if not self.asked:
+                    self.asked, self._pending = True, list(self._params)
                     params = ",".join(self._params)
                     self._outbox.append(orjson.dumps({"action": "subscribe", "params": params}))
             case "auth_failed":
@@ -70,19 +86,21 @@ class Protocol:
                 raise SessionError("the vendor timed the authentication out")
             case "max_connections":
                 raise Evicted(head.message or "maximum number of connections")
-            case "success" | "error" if self._asked and not self.live:
+            case "success" | "error" if self.asked and not self.live:
                 self._acknowledged(head)
             case "slow_consumer" | "force_disconnect":
                 raise SessionError(f"{head.status}: {head.message or 'the vendor ends the session'}")
 
     def _acknowledged(self, head: wire.Head) -> None:
-        """Replies come one for each parameter, in order; a refusal does not say which."""
-        if head.status == "error":
-            self.refused += 1
+        """Replies come one for each parameter, in order: a refusal, which names none, is of the first that
+        has no reply yet."""
         name = (head.message or "").removeprefix("subscribed to: ")
-        self._pending.remove(name if name in self._pending else self._pending[0])
+        name = name if name in self._pending else self._pending[0]
+        self._pending.remove(name)
+        if head.status == "error":
+            self.refused.append(name)
         if not self._pending:
-            if self.refused == len(self._params):
+            if len(self.refused) == len(self._params):
                 raise Refused(head.message or "not authorized")
             self.live = True
 

@@ -1,4 +1,4 @@
-"""Where the raw log stands: what a starting producer goes on from."""
+"""Where the raw log stands: what a starting producer goes on from, and what of a journal is in it already."""
 
 from aiokafka import TopicPartition
 
@@ -10,11 +10,33 @@ from tapedeck.errors import UsageError
 from tapedeck.settings import Settings
 
 
-async def read_resume(settings: Settings) -> Resume | None:
-    """Reads the last record of each partition; None where there is none at all.
+class LogEnd:
+    """The last record of each partition, of those that have one."""
 
-    Raises UsageError when the topic holds something else, KafkaError.
-    """
+    def __init__(self, last: dict[int, RawRecord]) -> None:
+        self._last = last
+        self.epoch = max((record.epoch for record in last.values()), default=0)
+
+    def has(self, record: RawRecord) -> bool:
+        """Whether a record of the same or an earlier epoch is in the log already."""
+        last = self._last.get(record.partition)
+        return last is not None and (record.epoch, record.n) <= (last.epoch, last.n)
+
+    def resume(self) -> Resume | None:
+        """None where the log is empty."""
+        if not self._last:
+            return None
+        newest = max(self._last.values(), key=lambda record: (record.epoch, record.timestamp_ms))
+        return Resume(
+            self.epoch,
+            max(record.timestamp_ms for record in self._last.values()),
+            newest.recv[-1][0],
+            [self._last[p].timestamp_ms if p in self._last else None for p in range(topics.PARTITIONS)],
+        )
+
+
+async def read_log_end(settings: Settings) -> LogEnd:
+    """Raises UsageError when the topic holds something else, KafkaError."""
     topic = settings.topic_prefix + topics.RAW.name
     partitions = [TopicPartition(topic, number) for number in range(topics.PARTITIONS)]
     reader = await kafka.consumer(settings, *partitions)
@@ -35,12 +57,4 @@ async def read_resume(settings: Settings) -> Resume | None:
                 raise UsageError(f"{topic} has a record that tapedeck did not write: {error}") from error
     finally:
         await reader.stop()
-    if not last:
-        return None
-    newest = max(last.values(), key=lambda record: (record.epoch, record.timestamp_ms))
-    return Resume(
-        max(record.epoch for record in last.values()),
-        max(record.timestamp_ms for record in last.values()),
-        newest.recv[-1][0],
-        [last[p].timestamp_ms if p in last else None for p in range(topics.PARTITIONS)],
-    )
+    return LogEnd(last)

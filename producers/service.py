@@ -1,25 +1,30 @@
-"""The producer process: the vendor's feed onto the raw topic."""
+"""The producer process: the vendor's feed through the journal onto the raw topic."""
 
 import asyncio
+import contextlib
 import random
+import socket as sockets
 import time
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
 import structlog
 from aiokafka.errors import KafkaError
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import InvalidURI, WebSocketException
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed, InvalidURI, WebSocketException
+from websockets.frames import CloseCode
 
-from producers.outbox import Outbox
-from producers.protocol import AuthFailed, Evicted, Protocol, Refused, SessionError
-from producers.resume import read_resume
-from producers.slicer import Slicer, SlicerSettings
+from producers.journal import Journal, JournalFull
+from producers.lease import SESSION_S, Lease
+from producers.protocol import AuthFailed, Evicted, Protocol, Refused, SessionError, pairs_of, params_of
+from producers.resume import LogEnd, read_log_end
+from producers.slicer import Resume, Slicer, SlicerSettings
+from producers.socket import ANSWER_TIMEOUT_S, open_socket
 from schemas import topics, wire
 from schemas.events import NS_PER_S
 from schemas.frames import Frame, frame_line
+from schemas.raw import RawRecord
 from tapedeck import kafka, metrics
 from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.settings import Settings
@@ -29,85 +34,122 @@ log = structlog.get_logger()
 
 PING_S = 5.0  # a pong proves that everything sent before it has arrived
 PONG_TIMEOUT_S = 10.0  # half-open sockets answer no ping
-ANSWER_TIMEOUT_S = 15.0  # for connecting, authentication and subscriptions
+WATCH_S = 0.5
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 60.0
 EVICTED_REST_S = 60.0  # two clients that evict each other must not do it faster than this
-STOP_S = 4.0  # an orderly stop waits this long for Kafka to take the rest
+STOP_S = 2.5  # an orderly stop waits this long for Kafka to take the rest; then it stays in the journal
 GOOD_AFTER_S = 60.0  # the backoff starts anew only when data has flowed this long
+STATISTICS_S = 60.0
+ROOM_S = 1.0  # a full journal is tried again this often
 
 
-def pairs_of(symbols: Iterable[str]) -> list[str]:
-    """Pairs as the vendor's subscriptions want them; raises UsageError for what is none."""
-    try:
-        return ["*" if symbol == "*" else wire.symbol_of(symbol) for symbol in symbols]
-    except ValueError as error:
-        raise UsageError(f"SYMBOLS: {error}") from error
+class Superseded(Exception):
+    """Another producer has gone on with the log."""
 
 
 class Producer:
-    """Reads the socket into the slicer and the slicer's records into Kafka."""
+    """Reads the socket into the slicer, the slicer's records into the journal, and the journal into Kafka.
 
-    def __init__(self, shell: Shell, record: Path | None) -> None:
+    One lives from gaining the lease to losing it.
+    """
+
+    def __init__(self, shell: Shell, journal: Journal, record: IO[bytes] | None) -> None:
         self._shell = shell
         self._settings: Settings = shell.settings
         key = self._settings.polygon_api_key
         self._key = key.get_secret_value() if key else ""
-        if not self._key:
-            raise UsageError("POLYGON_API_KEY is not set: the feed needs a key")
+        self._params = params_of(self._settings)
         self._pairs = pairs_of(self._settings.symbols)
         self._streams: list[str] = list(self._settings.streams)
-        self._record: IO[bytes] | None = record.open("ab") if record else None
-        self._outbox = Outbox()
+        self._record = record
+        self._journal = journal
         self._publisher = kafka.Publisher(self._settings)
+        self._log_end = LogEnd({})
         self._slicer: Slicer
+        self._tail: Resume | None = None  # where the journal's end stands
+        self._full = False
+        self._try_again_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._now = 0
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._data_since: float | None = None
+        self._silent: set[tuple[str, str]] = set()
+        self._counts: Counter[str] = Counter()
 
-    async def run(self) -> None:
-        """Until stopped. Raises UsageError when the key or all subscriptions are refused."""
-        await kafka.prepare(self._settings)
-        async for attempt in kafka.retrying(self._settings, "Kafka", kafka.passing):
-            with attempt:
-                resume = await read_resume(self._settings)
-        linger = SlicerSettings(linger_ns=self._settings.linger_ns, usual_ns=self._settings.usual_ns)
-        self._slicer = Slicer(linger, self._streams, self._pairs, resume)
-        log.info("recording", epoch=self._slicer.epoch, streams=self._streams, pairs=self._pairs)
+    async def run(self, lease: Lease) -> None:
+        """Until stopped or the lease is lost. Raises UsageError when the key or all subscriptions are refused."""
+        await self._read_log_end()
+        with contextlib.suppress(KafkaError, OSError):
+            await self._publisher.start()
         publishing = asyncio.create_task(self._publish())
-        reading = asyncio.create_task(self._read())
-        timing = asyncio.create_task(self._raise())
+        tasks = [publishing]
         try:
-            await self._shell.until_stopped(publishing, reading, timing)
+            resume = await self._take_up(publishing)
+            self._slicer = self._new_slicer(resume)
+            log.info("recording", epoch=self._slicer.epoch, streams=self._streams, pairs=self._pairs)
+            reading = asyncio.create_task(self._read())
+            lost = asyncio.create_task(_wait(lease.lost))
+            tasks += [reading, lost, asyncio.create_task(self._raise()), asyncio.create_task(self._tell())]
+            await self._shell.until_stopped(*tasks)
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
+            if lost.done():
+                raise Superseded
             await self._drain()
+        except Superseded:
+            log.error("another producer has gone on with the log: this one stands by")
         finally:
-            for task in (publishing, reading, timing):
+            if self._timer is not None:
+                self._timer.cancel()
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(publishing, reading, timing, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._publisher.stop()
-            if self._record:
-                self._record.close()
-        log.info("stopped")
+
+    async def _take_up(self, publishing: asyncio.Task[None]) -> Resume | None:
+        """Sends what a former process left, with its old epoch, and finds out where the log then stands."""
+        left = len(self._journal)
+        if left and self._log_end.epoch > self._journal.epoch:
+            kept = self._journal.set_aside()
+            log.warning("another producer went on with the log: the journal is not sent", records=left, kept=str(kept))
+        elif left:
+            log.info("sending what the journal holds first", records=left)
+            empty = asyncio.create_task(self._journal.empty())
+            try:
+                await asyncio.wait({empty, publishing}, return_when=asyncio.FIRST_COMPLETED)
+                if publishing.done():
+                    publishing.result()
+            finally:
+                empty.cancel()
+            await self._read_log_end()
+        return self._log_end.resume()
+
+    async def _read_log_end(self) -> None:
+        try:
+            async for attempt in kafka.retrying(self._settings, "Kafka", kafka.passing):
+                with attempt:
+                    self._log_end = await read_log_end(self._settings)
+        except (KafkaError, OSError) as error:
+            where = self._settings.kafka_bootstrap_servers
+            raise TapedeckError(f"Kafka at {where} cannot be read (KAFKA_BOOTSTRAP_SERVERS): {error}") from error
+
+    def _new_slicer(self, resume: Resume | None) -> Slicer:
+        self._tail = resume
+        linger = SlicerSettings(linger_ns=self._settings.linger_ns, usual_ns=self._settings.usual_ns)
+        return Slicer(linger, self._streams, self._pairs, resume)
 
     async def _raise(self) -> None:
         """Raises what a timer failed with: asyncio itself would only log it."""
         await self._failed
 
     async def _drain(self) -> None:
-        """Everything received goes out, with the `stop` gap behind it. Raises TapedeckError if Kafka is away."""
-        if self._timer is not None:
-            self._timer.cancel()
+        """Everything received goes out, with the `stop` gap behind it, or stays in the journal."""
         self._slicer.stop(self._clock())
-        self._outbox.append(self._slicer.take())
+        self._append()
         try:
-            await asyncio.wait_for(self._outbox.empty(), STOP_S)
+            await asyncio.wait_for(self._journal.empty(), STOP_S)
         except TimeoutError:
-            raise TapedeckError(
-                f"stopped with {len(self._outbox)} records that Kafka did not take; "
-                "they lie in the gap that the next start marks"
-            ) from None
+            log.warning("Kafka is away: the next start sends what is left", records=len(self._journal))
 
     def _clock(self) -> int:
         """Receive time in ns; never decreasing, whatever is done to the machine's clock."""
@@ -129,14 +171,19 @@ class Producer:
             except InvalidURI as error:
                 raise UsageError(f"POLYGON_WS_URL is not a WebSocket's address: {error}") from error
             except Refused as error:
-                raise UsageError(f"the key may not subscribe to any of {self._params()}: {error}") from error
-            except Evicted as error:
-                rest = EVICTED_REST_S
-                log.error("evicted: another client uses this key, and the vendor allows one", detail=str(error))
-                metrics.PRODUCER_ERRORS.labels("evicted").inc()
+                raise UsageError(f"the key may not subscribe to any of {self._params}: {error}") from error
             except (SessionError, WebSocketException, OSError, TimeoutError) as error:
-                log.warning("the feed's connection is gone", error=str(error) or type(error).__name__)
-                metrics.PRODUCER_ERRORS.labels("connection").inc()
+                if _evicted(error):
+                    rest = EVICTED_REST_S
+                    log.error(
+                        "evicted: another client uses this key, and the vendor allows one connection; "
+                        f"resting for {rest:g} s, for two clients that evict each other get nothing",
+                        detail=str(error),
+                    )
+                else:
+                    log.warning("the feed's connection is gone", error=str(error) or type(error).__name__)
+                metrics.PRODUCER_ERRORS.labels("evicted" if rest else "connection").inc()
+                self._counts["errors"] += 1
             finally:
                 self._shell.health["feed"] = "not connected"
                 self._slicer.lost("reconnect", self._clock())
@@ -146,38 +193,31 @@ class Producer:
             rest += random.uniform(0, min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** max(0, failures - 1)))
             await asyncio.sleep(rest)
 
-    def _params(self) -> list[str]:
-        return [f"{stream}.{pair}" for stream in self._streams for pair in self._pairs]
-
     async def _session(self) -> None:
         """Returns only by raising: SessionError, AuthFailed, Refused, WebSocketException, OSError."""
-        protocol = Protocol(self._key, self._params())
-        async with connect(
-            self._settings.polygon_ws_url,
-            max_size=topics.MAX_FRAME_BYTES,
-            open_timeout=ANSWER_TIMEOUT_S,
-            close_timeout=1,
-            ping_interval=None,
-            compression=None,
-            max_queue=1024,
-        ) as socket:
+        protocol = Protocol(self._key, self._params)
+        async with open_socket(self._settings) as socket:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 while not protocol.live:
                     await self._receive(socket, protocol)
             if protocol.refused:
                 log.error("the key may not subscribe to some channels", refused=protocol.refused)
-            log.info("subscribed", channels=len(self._params()) - protocol.refused)
+            log.info("subscribed", channels=len(self._params) - len(protocol.refused))
             metrics.CONNECTS.inc()
-            self._slicer.connected()
+            self._counts["connects"] += 1
+            wanted = set(self._params) - set(protocol.refused)
+            channels = (param.split(".", 1) for param in wanted if not param.endswith(".*"))
+            self._silent = {(stream, pair) for stream, pair in channels}
+            self._slicer.connected(self._clock())
             self._shell.health["feed"] = None
-            pinging = asyncio.create_task(self._ping(socket))
+            watching = [asyncio.create_task(self._ping(socket)), asyncio.create_task(self._watch(socket))]
             try:
                 while True:
                     await self._receive(socket, protocol)
-                    await self._outbox.room()
             finally:
-                pinging.cancel()
-                await asyncio.gather(pinging, return_exceptions=True)
+                for task in watching:
+                    task.cancel()
+                await asyncio.gather(*watching, return_exceptions=True)
 
     async def _receive(self, socket: ClientConnection, protocol: Protocol) -> None:
         data = await socket.recv(decode=False)
@@ -194,6 +234,9 @@ class Producer:
         counts = Counter(item.head.ev if item.head else "bad" for item in items)
         for stream, count in counts.items():
             metrics.FEED_EVENTS.labels(stream if stream in wire.STREAMS else "other").inc(count)
+        self._counts += counts
+        if self._silent:
+            self._silent -= {(item.head.ev, item.head.pair) for item in items if item.head}
         if self._data_since is None:
             self._data_since = time.monotonic()
         self._slicer.frame(items, now)
@@ -211,11 +254,19 @@ class Producer:
             self._slicer.pong(self._clock())
             self._pump()
 
+    async def _watch(self, socket: ClientConnection) -> None:
+        """Pongs and the other streams do not excuse a stream that is silent for longer than is usual."""
+        while not (stalled := self._slicer.stalled(self._clock())):
+            await asyncio.sleep(WATCH_S)
+        log.warning("streams have stalled, connecting anew", streams=stalled)
+        metrics.PRODUCER_ERRORS.labels("stall").inc()
+        socket.transport.abort()
+
     # -- records -----------------------------------------------------------------------------------
 
     def _pump(self) -> None:
         """Takes the slicer's records and wakes it when it next has something to do."""
-        self._outbox.append(self._slicer.take())
+        self._append()
         if self._slicer.clock.now is not None:
             metrics.FEED_CLOCK.set(self._slicer.clock.now / NS_PER_S)
         due = self._slicer.deadline()
@@ -234,36 +285,160 @@ class Producer:
         except Exception as error:
             self._failed.set_exception(error)
 
+    def _append(self) -> None:
+        """Into the journal; when it is full, what comes is counted and lies in a gap, with a new epoch
+        behind it: within one, every number must follow."""
+        records = self._slicer.take()
+        if not records:
+            return
+        if self._full and time.monotonic() < self._try_again_at:
+            self._drop(records)
+            return
+        try:
+            self._journal.append(records)
+        except JournalFull as error:
+            if not self._full:
+                log.error("the journal is full: what comes now lies in a marked gap", error=str(error))
+                self._shell.health["journal"] = str(error)
+            self._full, self._try_again_at = True, time.monotonic() + ROOM_S
+            self._drop(records)
+            return
+        if self._full:
+            log.info("the journal takes records again")
+            self._full, self._shell.health["journal"] = False, None
+        self._tail = _tail(self._tail, records)
+
+    def _drop(self, records: list[RawRecord]) -> None:
+        metrics.DROPPED.inc(sum(record.events for record in records if record.kind in ("slice", "bad")))
+        resume = self._tail and Resume(
+            self._tail.epoch, self._tail.clock_ms, self._tail.recv_ns, self._tail.last_ms, "journal"
+        )
+        connected = self._shell.health.get("feed") is None
+        self._slicer = self._new_slicer(resume)
+        if connected:
+            self._slicer.connected(self._clock())
+
     async def _publish(self) -> None:
-        """In order, one round in flight; a failed round is sent again from its beginning by a new client."""
+        """In file order, one round in flight; after a failure everything from the acknowledged mark on that is
+        not in the log is sent again by a new client. Raises Superseded."""
         topic = self._settings.topic_prefix + topics.RAW.name
         failures = 0
+        rounded = time.monotonic()
         while True:
-            records = await self._outbox.next()
-            metrics.OUTBOX.set(len(self._outbox))
-            messages = [kafka.Message(topic, r.partition, None, r.value, r.timestamp_ms, r.headers()) for r in records]
+            records = await self._journal.next()
             try:
-                if failures or not self._publisher.started:
+                if failures or not self._publisher.started or time.monotonic() - rounded > SESSION_S:
                     await self._publisher.restart()
-                await self._publisher.publish(messages)
+                    self._log_end = await read_log_end(self._settings)
+                    if self._log_end.epoch > records[0].epoch and not self._log_end.has(records[0]):
+                        raise Superseded
+                await self._publisher.publish(
+                    kafka.Message(topic, r.partition, None, r.value, r.timestamp_ms, r.headers())
+                    for r in records
+                    if not self._log_end.has(r)
+                )
             except (KafkaError, OSError) as error:
+                self._journal.rewind()
                 failures += 1
                 metrics.PRODUCER_ERRORS.labels("kafka").inc()
+                self._counts["errors"] += 1
                 self._shell.health["kafka"] = f"sending fails: {error}"
                 if failures == 1:
-                    log.warning("Kafka does not take the records, they wait", error=str(error))
+                    log.warning("Kafka does not take the records, the journal keeps them", error=str(error))
                 await asyncio.sleep(random.uniform(0.1, min(5.0, 0.25 * 2**failures)))
                 continue
             if failures:
-                log.info("Kafka takes the records again", waited=failures)
-            failures = 0
+                log.info("Kafka takes the records again", failures=failures)
+            failures, rounded = 0, time.monotonic()
             self._shell.health["kafka"] = None
-            self._outbox.acknowledge(len(records))
+            self._journal.acknowledge()
             for kind, count in Counter(record.kind for record in records).items():
                 metrics.PUBLISHED.labels(kind).inc(count)
-            metrics.OUTBOX.set(len(self._outbox))
+            metrics.JOURNAL.set(len(self._journal))
+            metrics.JOURNAL_BYTES.set(self._journal.size)
+
+    # -- telling -----------------------------------------------------------------------------------
+
+    async def _tell(self) -> None:
+        """Statistics each minute, and the channels that were acknowledged but have never delivered."""
+        began = time.monotonic()
+        told: set[tuple[str, str]] = set()
+        while True:
+            before = self._counts.copy()
+            await asyncio.sleep(STATISTICS_S)
+            counts = self._counts
+            events = {stream: counts[stream] for stream in self._streams}
+            fresh = sum(events.values()) - sum(before[stream] for stream in self._streams)
+            log.info(
+                "statistics",
+                uptime_s=round(time.monotonic() - began),
+                events=events,
+                events_per_s=round(fresh / STATISTICS_S, 1),
+                last_event_age_s=round((time.time_ns() - self._now) / NS_PER_S, 1) if self._now else None,
+                errors=counts["errors"],
+                reconnects=max(0, counts["connects"] - 1),
+                journal_records=len(self._journal),
+                journal_bytes=self._journal.size,
+            )
+            metrics.SILENT.set(len(self._silent))
+            if self._silent - told:
+                names = sorted(f"{stream}.{pair}" for stream, pair in self._silent)
+                log.warning("acknowledged by the vendor, but never delivered", channels=names)
+                told |= self._silent
+
+
+def _evicted(error: Exception) -> bool:
+    """The vendor says so, or closes with 1008 without a word."""
+    if isinstance(error, ConnectionClosed) and error.rcvd is not None:
+        return error.rcvd.code == CloseCode.POLICY_VIOLATION
+    return isinstance(error, Evicted)
+
+
+def _tail(tail: Resume | None, records: list[RawRecord]) -> Resume:
+    """Where the log will stand after these."""
+    last_ms: list[int | None] = list(tail.last_ms) if tail else [None] * topics.PARTITIONS
+    for record in records:
+        last_ms[record.partition] = record.timestamp_ms
+    newest = records[-1]
+    return Resume(newest.epoch, newest.timestamp_ms, newest.recv[-1][0], last_ms)
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
 
 
 async def run(shell: Shell, record: Path | None = None) -> None:
     """`tapedeck produce`. Raises UsageError, TapedeckError."""
-    await Producer(shell, record).run()
+    settings = shell.settings
+    if not settings.polygon_api_key:
+        raise UsageError("POLYGON_API_KEY is not set: the feed needs a key")
+    params_of(settings)
+    await kafka.prepare(settings)
+    folder = settings.journal_dir / (settings.topic_prefix + topics.RAW.name)
+    try:
+        journal = Journal(folder, settings.journal_max_bytes)
+    except OSError as error:
+        raise TapedeckError(f"the journal's folder {folder} cannot be used (JOURNAL_DIR): {error}") from error
+    lease = Lease(settings, f"{sockets.gethostname()}-{folder.resolve()}-{journal.name}")
+    keeping = asyncio.create_task(lease.keep())
+    with contextlib.ExitStack() as stack:
+        stack.callback(journal.close)
+        file = stack.enter_context(record.open("ab")) if record else None
+        try:
+            while not shell.stopping.is_set():
+                held = asyncio.create_task(_wait(lease.held))
+                shell.health["lease"] = None
+                metrics.LEASE.set(0)
+                try:
+                    await shell.until_stopped(held, keeping)
+                finally:
+                    held.cancel()
+                if lease.held.is_set():
+                    metrics.LEASE.set(1)
+                    await Producer(shell, journal, file).run(lease)
+        except KafkaError as error:
+            raise TapedeckError(f"Kafka at {settings.kafka_bootstrap_servers}: {error}") from error
+        finally:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+    log.info("stopped")

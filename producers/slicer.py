@@ -8,11 +8,13 @@ import contextlib
 from collections import deque
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import NamedTuple
 
 import msgspec
 from aiokafka.partitioner import murmur2
 
 from producers.clock import HOLD_EVENTS, HOLD_NS, Claim, FeedClock
+from producers.rhythm import Rhythm
 from producers.split import Item
 from schemas.events import NS_PER_MS, NS_PER_S
 from schemas.raw import GapValue, RawRecord, Runs, TickValue
@@ -21,9 +23,9 @@ from schemas.wire import symbol_of
 
 
 class SlicerSettings(msgspec.Struct, frozen=True):
-    """`linger_ns`: how long a slice waits for more events. `usual_ns`: without data for longer than this
-    the feed is not called alive. `settle_ns`: how long the first events after a gap are held to see what
-    time it is, for one of them may be a late one."""
+    """`linger_ns`: how long a slice waits for more events. `usual_ns`: a silence up to this long is nothing
+    unusual for any stream; what is for each, it learns. `settle_ns`: how long the first events after a gap
+    are held to see what time it is, for one of them may be a late one."""
 
     linger_ns: int = 5 * NS_PER_MS
     max_events: int = 500
@@ -34,12 +36,13 @@ class SlicerSettings(msgspec.Struct, frozen=True):
 
 class Resume(msgspec.Struct, frozen=True):
     """Where the log stands: highest epoch, feed clock and receive time of the newest record, and the
-    timestamp of each partition's last record (ms; None where there is none)."""
+    timestamp of each partition's last record (ms; None where there is none). `reason`: of the gap since then."""
 
     epoch: int
     clock_ms: int
     recv_ns: int
     last_ms: list[int | None]
+    reason: str = "away"
 
 
 LAGGING = ("XA", "XAS")  # their time is their start: a minute behind, where trades or quotes tell better
@@ -55,14 +58,12 @@ class _Slice:
         self.bytes = 1
 
 
-class _Pending:
-    """A gap that began and ends with the next events: reason, and `from` in ns for each partition."""
+class _Pending(NamedTuple):
+    """A gap that began and ends with the next events: `since` in ns for each partition."""
 
-    __slots__ = ("reason", "since")
-
-    def __init__(self, reason: str, since: list[int | None]) -> None:
-        self.reason = reason
-        self.since = since
+    reason: str
+    streams: list[str]
+    since: list[int | None]
 
 
 @lru_cache(maxsize=65536)
@@ -95,13 +96,13 @@ class Slicer:
         self._settles_at: int | None = None
         self._now = 0
         self._connected = False
-        self._heard: dict[str, int] = {}
-        self._newest: int | None = None
+        self._rhythms = {stream: Rhythm(settings.usual_ns) for stream in self._streams}
+        self._heard_at: dict[str, int | None] = {}  # the clock when a stream was last heard
         self._out: list[RawRecord] = []
-        self._gap: _Pending | None = _Pending(
-            "away" if resume else "start",
-            [None if ms is None else ms * NS_PER_MS for ms in resume.last_ms] if resume else [None] * PARTITIONS,
-        )
+        since: list[int | None] = [None] * PARTITIONS
+        if resume:
+            since = [None if ms is None else ms * NS_PER_MS for ms in resume.last_ms]
+        self._gaps = [_Pending(resume.reason if resume else "start", self._streams, since)]
 
     def take(self) -> list[RawRecord]:
         """The records made since the last call, in the order they must be published."""
@@ -110,16 +111,31 @@ class Slicer:
 
     # -- what happens to the connection ------------------------------------------------------------
 
-    def connected(self) -> None:
+    def connected(self, now: int) -> None:
         """Subscribed: from here on the feed may be alive."""
         self._connected = True
+        for rhythm in self._rhythms.values():
+            rhythm.listen(now)
+
+    def stalled(self, now: int) -> list[str]:
+        """The streams that have been silent for longer than is usual for them, though connected."""
+        return [stream for stream, rhythm in self._rhythms.items() if self._connected and rhythm.overdue(now)]
 
     def lost(self, reason: str, now: int) -> None:
-        """The connection is gone; what came after the last frame or pong may have been missed."""
+        """The connection is gone. What came after the last frame or pong may have been missed; of a stream
+        that was silent for longer than it usually is, whatever came after its own last event."""
+        stalled = self.stalled(now)
         self._connected = False
         self.flush(now)
-        if self._gap is None:
-            self._gap = _Pending(reason, [self._proven] * PARTITIONS)
+        if self._gaps:
+            return
+        groups: dict[tuple[str, int | None], list[str]] = {}
+        for stream, rhythm in self._rhythms.items():
+            since = self._heard_at.get(stream) if rhythm.suspect(now) else self._proven
+            groups.setdefault(("stall" if stream in stalled else reason, since), []).append(stream)
+        # Trades first: a gap is a tick, and what closes at it must know of the gap.
+        for (why, since), streams in sorted(groups.items(), key=lambda group: "XT" not in group[1]):
+            self._gaps.append(_Pending(why, streams, [since] * PARTITIONS))
 
     def pong(self, now: int) -> None:
         """An answered ping: everything the feed sent before it has arrived."""
@@ -131,6 +147,9 @@ class Slicer:
     def frame(self, items: list[Item], recv: int) -> None:
         """The events of one frame, in order."""
         self.advance(recv)
+        heard = self._rhythms.keys() & {item.head.ev for item in items if item.head is not None}
+        for stream in heard:
+            self._rhythms[stream].heard(recv)
         for item in items:
             head = item.head
             if head is None:
@@ -139,10 +158,8 @@ class Slicer:
                 time_ms = head.time_ms
                 ts = None if time_ms is None else time_ms * NS_PER_MS
                 claim = Claim(ts, head.x, head.pair, recv, head.ev in LAGGING)
-                if head.ev in self._streams:
-                    self._heard[head.ev] = self._newest = recv
                 self.clock.heard(claim)
-            if self._held or self._gap:
+            if self._held or self._gaps:
                 self._hold(item, claim)
             elif claim.ts is None:
                 self._append(item, recv)
@@ -151,18 +168,20 @@ class Slicer:
                 self._append(item, recv)
             else:
                 self._hold(item, claim)
+        for stream in heard:
+            self._heard_at[stream] = self.clock.now
         if not self._held:
             self._proven = self.clock.now
 
     def _hold(self, item: Item, claim: Claim) -> None:
         self._held.append((item, claim))
-        if self._gap and self._settles_at is None:
+        if self._gaps and self._settles_at is None:
             self._settles_at = claim.recv + self._settings.settle_ns
         self._release(claim.recv)
 
     def _release(self, now: int, final: bool = False) -> None:
         """Lets held events go, in order, as far as can be said now what to believe."""
-        if self._gap and not self._end_gap(now, final):
+        if self._gaps and not self._end_gap(now, final):
             return
         while self._held:
             item, claim = self._held[0]
@@ -185,7 +204,6 @@ class Slicer:
         clock goes by elapsed time. The first event may be a late one, so those that came with it may move
         the end on, as far as they are in bounds.
         """
-        assert self._gap is not None
         settled = self._settles_at is not None and now >= self._settles_at
         if not self._held or not (settled or final or len(self._held) >= HOLD_EVENTS):
             return False
@@ -202,13 +220,16 @@ class Slicer:
         else:
             return False
         clock = max(clock, self.clock.now or 0)
-        gap, self._gap, self._settles_at = self._gap, None, None
+        gaps, self._gaps, self._settles_at = self._gaps, [], None
         for partition in list(self._open):
             self._close(partition)
         self.clock.now = clock
-        for partition, since in enumerate(gap.since):
-            reason = "start" if since is None else gap.reason
-            self._emit_gap(partition, since, clock, reason, claims[-1].recv)
+        for gap in gaps:
+            for partition, since in enumerate(gap.since):
+                reason = "start" if since is None else gap.reason
+                self._emit_gap(partition, gap.streams, since, clock, reason, claims[-1].recv)
+        for stream in self._streams:
+            self._heard_at[stream] = clock
         return True
 
     def _first_belief(self, claims: list[Claim], now: int, waited: bool) -> Claim | None:
@@ -275,9 +296,10 @@ class Slicer:
 
     def _alive_until(self) -> int | None:
         """The receive time up to which the feed is proven alive; None: it is not, or must not tick now."""
-        if not self._connected or self._held or self._gap is not None or self._newest is None:
+        if not self._connected or self._held or self._gaps:
             return None
-        return self._newest + self._settings.usual_ns
+        lively = [stream for stream in self._streams if stream not in LAGGING] or self._streams
+        return max((until for name in lively if (until := self._rhythms[name].alive_until)), default=None)
 
     def _move(self, to: int, now: int) -> None:
         """Moves the clock; at a new whole second closes every slice and ticks, before what moved it."""
@@ -286,8 +308,7 @@ class Slicer:
             for partition in list(self._open):
                 self._close(partition)
             self.clock.now = second
-            usual = self._settings.usual_ns
-            fresh = sorted(stream for stream, at in self._heard.items() if now - at <= usual)
+            fresh = sorted(stream for stream, rhythm in self._rhythms.items() if rhythm.fresh(now))
             value = msgspec.json.encode(TickValue(fresh))
             for partition in range(PARTITIONS):
                 self._emit(partition, "tick", [(now, 1)], value)
@@ -301,8 +322,10 @@ class Slicer:
             runs = [(recv, count) for recv, count in piece.runs]
             self._emit(partition, "slice", runs, b"[" + b",".join(piece.parts) + b"]")
 
-    def _emit_gap(self, partition: int, since: int | None, to: int | None, reason: str, now: int) -> None:
-        value = GapValue(since, to, self._streams, self._pairs, reason)
+    def _emit_gap(
+        self, partition: int, streams: list[str], since: int | None, to: int | None, reason: str, now: int
+    ) -> None:
+        value = GapValue(since, to, streams, self._pairs, reason)
         self._emit(partition, "gap", [(now, 1)], msgspec.json.encode(value))
 
     def _emit(self, partition: int, kind: str, recv: Runs, value: bytes) -> None:
@@ -318,7 +341,7 @@ class Slicer:
         self.flush(now)
         if self.clock.now is not None:
             for partition in range(PARTITIONS):
-                self._emit_gap(partition, self._proven, None, "stop", now)
+                self._emit_gap(partition, self._streams, self._proven, None, "stop", now)
 
     def flush(self, now: int) -> None:
         """Everything held or lingering goes out now, as after the longest wait."""

@@ -26,7 +26,7 @@ def asyncapi() -> dict[str, Any]:
                 "messages": {t.__name__: {"$ref": f"#/components/messages/{t.__name__}"} for t in topic.values},
                 "bindings": {
                     "kafka": {
-                        "partitions": topics.PARTITIONS,
+                        "partitions": topic.partitions,
                         "topicConfiguration": {
                             "cleanup.policy": ["delete"],
                             "retention.ms": -1,
@@ -38,10 +38,12 @@ def asyncapi() -> dict[str, Any]:
                 "x-key": topic.key,
             }
             for topic in topics.ALL
+            if topic.values
         },
         "operations": {
             f"receive.{topic.name}": {"action": "receive", "channel": {"$ref": f"#/channels/{topic.name}"}}
             for topic in topics.ALL
+            if topic.values
         },
         "components": {
             "messages": {

@@ -1,7 +1,7 @@
 """The topic registry: the one place that says which topics there are and what is in them.
 
-Topics are created and checked from it, and docs/asyncapi.json is generated from it. Every topic has the
-same number of partitions, for an output goes to the partition number of its raw record. Changing that
+Topics are created and checked from it, and docs/asyncapi.json is generated from it. Every topic with records
+has the same number of partitions, for an output goes to the partition number of its raw record. Changing that
 number changes every identity: it takes a new topic version filled by replay.
 """
 
@@ -25,6 +25,7 @@ class Topic(NamedTuple):
     doc: str
     retention_bytes: int = 16 * GIB
     max_message_bytes: int = 1024**2
+    partitions: int = PARTITIONS
 
     def config(self) -> dict[str, str]:
         """The settings a broker must hold for it."""
@@ -75,5 +76,12 @@ QUARANTINE = Topic(
     "Events from too far in the future to be believed.",
     max_message_bytes=MAX_RECORD_BYTES,
 )
+LEASE = Topic(
+    "lease.producer.v1",
+    "none",
+    (),
+    "Holds no record: who is assigned its one partition in the producers' group is the one that records.",
+    partitions=1,
+)
 
-ALL = (RAW, TRADES, QUOTES, VENDOR_BARS, BARS_1M, GAPS, DEAD_LETTERS, QUARANTINE)
+ALL = (RAW, TRADES, QUOTES, VENDOR_BARS, BARS_1M, GAPS, DEAD_LETTERS, QUARANTINE, LEASE)

@@ -101,14 +101,22 @@ def _settings(**overrides: Any) -> "Settings":
 
 @cli.command()
 @click.option("--record", type=Writable, help="Also append every frame, as received, to this frames file.")
-def produce(record: Path | None) -> int:
+@click.option("--dry-run", is_flag=True, help="Only connect, subscribe and print ten events: a first check of a key.")
+def produce(record: Path | None, dry_run: bool) -> int:
     """Take the vendor's feed onto the raw topic.
 
     Needs POLYGON_API_KEY and Kafka. SYMBOLS and STREAMS say what to record, POLYGON_WS_URL where from.
+    One producer records, others stand by. What Kafka does not take yet waits in JOURNAL_DIR.
     SIGTERM or Ctrl+C: everything received is published, then it ends.
     """
     from producers import service
     from tapedeck.shell import run_service
+
+    if dry_run:
+        from producers.dry_run import dry_run as check
+
+        asyncio.run(check(_settings()))
+        return 0
 
     return run_service(_settings(), "produce", lambda shell: service.run(shell, record))
 

@@ -86,7 +86,7 @@ async def _ensure_topics(settings: Settings) -> None:
             if copies is None:
                 copies = min(3, len((await admin.describe_cluster())["brokers"]))
             new = [
-                NewTopic(name, topics.PARTITIONS, copies, topic_configs=wanted[name].config())
+                NewTopic(name, wanted[name].partitions, copies, topic_configs=wanted[name].config())
                 for name in sorted(missing)
             ]
             response = await admin.create_topics(new)
@@ -97,10 +97,10 @@ async def _ensure_topics(settings: Settings) -> None:
         for found in await admin.describe_topics(sorted(wanted)):
             if found["error_code"]:
                 raise for_code(found["error_code"])(found["topic"])
-            count = len(found["partitions"])
-            if count != topics.PARTITIONS:
+            count, right = len(found["partitions"]), wanted[found["topic"]].partitions
+            if count != right:
                 raise UsageError(
-                    f"topic {found['topic']} has {count} partitions and the registry says {topics.PARTITIONS}: "
+                    f"topic {found['topic']} has {count} partitions and the registry says {right}: "
                     "identities would change. Use another TOPIC_PREFIX, or fill a new topic version by replay."
                 )
         await _warn_of_retention(admin, wanted)

@@ -1,6 +1,7 @@
 """Every setting, from environment variables of the same name or from the file `tapedeck.env`."""
 
 import ssl
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
@@ -54,7 +55,15 @@ class Settings(BaseSettings):
     )
 
     slice_linger_ms: float = Field(5, ge=0, le=1000, description="How long a slice waits for more events")
-    feed_usual_s: float = Field(10, gt=0, description="Without data for longer than this the feed is not called alive")
+    feed_usual_s: float = Field(
+        10, gt=0, description="A stream's silence up to this long is nothing unusual; what is for each, is learned"
+    )
+    journal_dir: Path = Field(
+        Path(".tapedeck/journal"), description="Where the producer keeps what Kafka has not acknowledged yet"
+    )
+    journal_max_bytes: int = Field(
+        8 * 1024**3, ge=1024**2, description="How long it may get; what comes while it is full lies in a marked gap"
+    )
     lateness_s: float = Field(900, ge=120, description="How late a trade may come and still change its bar")
     grace_s: float = Field(2, ge=0, le=30, description="How long after its end a bar waits for trades")
 

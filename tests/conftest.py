@@ -159,13 +159,14 @@ async def database_url(postgres: str) -> AsyncIterator[str]:
 
 
 @pytest.fixture
-def settings(kafka: str, database_url: str) -> Settings:
+def settings(kafka: str, database_url: str, tmp_path: Path) -> Settings:
     """Topics and a database that no other test has."""
     return Settings(
         _env_file=None,
         kafka_bootstrap_servers=kafka,
         database_url=SecretStr(database_url),
         topic_prefix=f"t{uuid.uuid4().hex[:8]}.",
+        journal_dir=tmp_path / "journal",
         connect_timeout_s=2,
         polygon_api_key=SecretStr("dummy"),
         http_port=0,

@@ -78,8 +78,9 @@ def test_every_reference_of_the_contract_leads_somewhere() -> None:
 
 def test_the_contract_has_every_topic_with_its_partitions_and_key() -> None:
     channels = contract.asyncapi()["channels"]
-    assert list(channels) == [topic.name for topic in topics.ALL]
-    for topic in topics.ALL:
+    with_records = [topic for topic in topics.ALL if topic.values]
+    assert list(channels) == [topic.name for topic in with_records]
+    for topic in with_records:
         channel = channels[topic.name]
         assert channel["bindings"]["kafka"]["partitions"] == topics.PARTITIONS
         assert channel["x-key"] == topic.key

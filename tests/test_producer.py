@@ -13,10 +13,9 @@ import pytest
 from aiokafka import TopicPartition
 from websockets.asyncio.server import ServerConnection, serve
 
-from producers.outbox import Outbox
+from producers import service
 from producers.protocol import AuthFailed, Evicted, Protocol, Refused, SessionError
-from producers.resume import read_resume
-from producers.service import Producer
+from producers.resume import read_log_end
 from producers.split import split_frame
 from schemas import topics, wire
 from schemas.frames import read_frames
@@ -85,25 +84,11 @@ def test_a_key_that_may_subscribe_to_nothing_is_refused_and_to_a_part_goes_on() 
     protocol.receive(status("error", "not authorized"))
     protocol.receive(status("success", "subscribed to: XQ.A-B"))
     assert protocol.live
-    assert protocol.refused == 1
+    assert protocol.refused == ["XT.A-B"]
     protocol = Protocol("secret", ["XT.A-B"])
     protocol.receive(status("auth_success"))
     with pytest.raises(Refused):
         protocol.receive(status("error", "not authorized"))
-
-
-async def test_the_outbox_keeps_what_is_not_acknowledged_and_holds_its_reader_back_when_full() -> None:
-    outbox = Outbox()
-    big = RawRecord(0, 1, "bad", 1, 0, [(1, 1)], b"x" * 40_000_000)
-    outbox.append([big, big, big, big])
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(outbox.room(), 0.05)
-    assert len(await outbox.next()) == 4
-    outbox.acknowledge(1)
-    assert len(await outbox.next()) == 3
-    outbox.acknowledge(3)
-    await asyncio.wait_for(outbox.room(), 0.05)
-    await asyncio.wait_for(outbox.empty(), 0.05)
 
 
 # -- on a real socket and a real Kafka ---------------------------------------------------------------
@@ -147,7 +132,7 @@ async def feed() -> AsyncIterator[Feed]:
 @contextlib.asynccontextmanager
 async def producing(settings: Settings, feed: Feed, record: Path | None = None) -> AsyncIterator[Shell]:
     shell = Shell(settings.model_copy(update={"polygon_ws_url": feed.url, "symbols": ["BTC-USD"]}), "produce")
-    running = asyncio.create_task(Producer(shell, record).run())
+    running = asyncio.create_task(service.run(shell, record))
     try:
         await feed.again()
         yield shell
@@ -225,7 +210,7 @@ async def test_the_next_start_goes_on_from_the_log_and_marks_its_absence(setting
         async with producing(settings, feed):
             await feed.send(trade("BTC-USD", start * 2, ms), trade("ETH-USD", start * 2 + 1, ms, 2))
             await asyncio.sleep(0.3)
-    resume = await read_resume(settings)
+    resume = (await read_log_end(settings)).resume()
     assert resume is not None
     assert resume.epoch == 2
     for records in (await raw_log(settings)).values():
@@ -248,6 +233,7 @@ def produce(settings: Settings, **environment: str) -> subprocess.CompletedProce
             "TOPIC_PREFIX": settings.topic_prefix,
             "POLYGON_API_KEY": "a-wrong-key",
             "HTTP_PORT": "0",
+            "JOURNAL_DIR": str(settings.journal_dir),
             "LOG_FORMAT": "json",
         }
         | environment,

@@ -208,6 +208,7 @@ class Demo:
             "DATABASE_URL": self._settings.database_url.get_secret_value(),
             "HTTP_PORT": str(self._http[name]),
             "WORKER_ID": "demo",
+            "JOURNAL_DIR": str(self._folder / "journal"),
             "LOG_FORMAT": "console",
         }
         spec = Spec(
@@ -287,7 +288,7 @@ class Demo:
             (
                 "produce",
                 produced.get("tapedeck_producer_events_total", 0),
-                produced.get("tapedeck_producer_outbox_records", 0),
+                produced.get("tapedeck_producer_journal_records", 0),
                 produced.get("tapedeck_producer_errors_total", 0),
             )
         )

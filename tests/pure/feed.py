@@ -45,8 +45,11 @@ class Feed:
         self.latency_ms = latency_ms
         self.slicer = Slicer(settings or SlicerSettings(), streams, ["*"], resume)
         self.records: list[RawRecord] = []
-        if connected:
-            self.slicer.connected()
+        self._connects = connected
+
+    def connected(self) -> None:
+        """Subscribed, from the next moment on."""
+        self._connects = True
 
     def frame(self, recv_ms: Ms, *events: bytes) -> None:
         """One frame of these events."""
@@ -65,6 +68,9 @@ class Feed:
     def until(self, recv_ms: Ms) -> None:
         """Nothing comes until then."""
         now = _ns(recv_ms)
+        if self._connects:
+            self.slicer.connected(now)
+            self._connects = False
         while (due := self.slicer.deadline()) is not None and due < now:
             self.slicer.advance(due)
             self.take()

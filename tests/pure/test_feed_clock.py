@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -130,7 +129,7 @@ class TestBelief:
     def test_belief_goes_on_across_a_reconnect(self) -> None:
         feed = started()
         feed.lost(T0 + 3_000)
-        feed.slicer.connected()
+        feed.connected()
         feed.frame(T0 + MINUTE, xt(T0 + MINUTE + 30_000, x=3), xt(T0 + MINUTE))
         feed.frame(T0 + MINUTE + 200, xt(T0 + MINUTE + 100))
         feed.until(T0 + MINUTE + 2_100)
@@ -301,7 +300,7 @@ class TestIdle:
     def test_a_switch_to_a_delayed_cluster_lets_the_clock_stand_until_it_has_caught_up(self) -> None:
         feed = started()
         feed.lost(T0 + 2_100)
-        feed.slicer.connected()
+        feed.connected()
         delay = 15 * MINUTE
         for t in range(T0 + 3_000, T0 + 3_000 + delay, 5_000):
             feed.frame(t, xt(t - delay), xt(t - delay, x=2))
@@ -327,7 +326,7 @@ class TestIdle:
             feed.at(t, xt(t + 3_000, x=3))
         assert ticked(feed)[-1] < 2 * MINUTE
         feed.lost(T0 + 2 * MINUTE)
-        feed.slicer.connected()
+        feed.connected()
         for t in range(T0 + 2 * MINUTE, T0 + 3 * MINUTE, 250):
             feed.at(t, xt(t + 3_000, x=3), xt(t), xt(t, x=2))
         assert ticked(feed)[-1] < 3 * MINUTE + 1_000

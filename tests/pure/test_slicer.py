@@ -259,7 +259,7 @@ class TestGaps:
     def test_a_gap_is_a_tick_as_well_and_its_end_is_its_time(self) -> None:
         feed = started()
         feed.lost(T0 + 300)
-        feed.slicer.connected()
+        feed.connected()
         feed.at(T0 + 5_300, xt(T0 + 5_300))
         feed.until(T0 + 5_600)
         feed.at(T0 + 6_100, xt(T0 + 6_100))
@@ -271,7 +271,7 @@ class TestGaps:
         feed.at(T0 + 700, xt(T0 + 700))
         feed.until(T0 + 4_500)  # the idle clock goes on to T0 + 3 s meanwhile
         feed.lost(T0 + 4_500)
-        feed.slicer.connected()
+        feed.connected()
         feed.at(T0 + 9_000, xt(T0 + 9_000))
         feed.until(T0 + 9_200)
         assert gaps_of(feed)[-1] == (700, 9_000, "reconnect")
@@ -281,7 +281,7 @@ class TestGaps:
         feed.at(T0 + 700, xt(T0 + 700))
         feed.pong(T0 + 700 + LATENCY_MS + 3_100)
         feed.lost(T0 + 4_500)
-        feed.slicer.connected()
+        feed.connected()
         feed.at(T0 + 9_000, xt(T0 + 9_000))
         feed.until(T0 + 9_200)
         assert gaps_of(feed)[-1] == (2_800, 9_000, "reconnect")
@@ -289,7 +289,7 @@ class TestGaps:
     def test_it_ends_when_events_flow_and_not_when_the_connection_is_back(self) -> None:
         feed = started()
         feed.lost(T0 + 300)
-        feed.slicer.connected()
+        feed.connected()
         feed.pong(T0 + 5_000)
         feed.until(T0 + 20_000)
         assert len(gaps_of(feed)) == 1
@@ -302,7 +302,7 @@ class TestGaps:
         feed = started()
         for at in (300, 2_000, 7_000):
             feed.lost(T0 + at)
-            feed.slicer.connected()
+            feed.connected()
         feed.at(T0 + 9_000, xt(T0 + 9_000))
         feed.until(T0 + 9_200)
         assert gaps_of(feed)[1:] == [(0, 9_000, "reconnect")]
@@ -311,7 +311,7 @@ class TestGaps:
         """The first events settle by themselves: no frame and no pong comes after they were taken."""
         feed = started()
         feed.lost(T0 + 300)
-        feed.slicer.connected()
+        feed.connected()
         feed.at(T0 + 9_000, xt(T0 + 9_000))
         feed.until(T0 + 9_200)
         assert gaps_of(feed) == [(None, 0, "start"), (0, 9_000, "reconnect")]
@@ -320,7 +320,7 @@ class TestGaps:
         feed = Feed()
         feed.at(T0, xt(T0), xt(T0, x=2))
         feed.lost(T0 + 60)
-        feed.slicer.connected()
+        feed.connected()
         feed.at(T0 + 9_000, xt(T0 + 9_000))
         feed.until(T0 + 9_200)
         assert gaps_of(feed) == [(None, 0, "start"), (0, 9_000, "reconnect")]
@@ -435,8 +435,6 @@ slicers = st.builds(
 
 def played(happened: list[Happening], settings: SlicerSettings, lag_ms: int = 0) -> tuple[list[RawRecord], list[bytes]]:
     """The log, over restarts, and the bytes of every event sent, in order. Timers fire `lag_ms` late."""
-    slicer = Slicer(settings, ["XT", "XQ", "XA"], ["*"])
-    slicer.connected()
     feed = Feed(settings)
     records: list[RawRecord] = []
     sent: list[bytes] = []
@@ -452,7 +450,7 @@ def played(happened: list[Happening], settings: SlicerSettings, lag_ms: int = 0)
                 feed.pong(now)
             case "lost":
                 feed.lost(now)
-                feed.slicer.connected()
+                feed.connected()
             case "flush":
                 feed.flush(now)
             case "restart":
@@ -553,8 +551,8 @@ class TestEveryFrameStream:
     ) -> None:
         """A deadline that stays in the past would make a busy loop of the producer's timer."""
         slicer = Slicer(settings, ["XT", "XQ", "XA"], ["*"])
-        slicer.connected()
         now = T0 * NS_PER_MS
+        slicer.connected(now)
         for elapsed, (kind, content) in happened:
             end = now + round(elapsed * NS_PER_MS)
             while (due := slicer.deadline()) is not None and due + lag_ms * NS_PER_MS < end:
@@ -570,7 +568,7 @@ class TestEveryFrameStream:
                 slicer.pong(now)
             elif kind == "lost":
                 slicer.lost("reconnect", now)
-                slicer.connected()
+                slicer.connected(now)
 
     @given(happenings, slicers)
     def test_a_recording_gives_the_log_that_the_live_producer_wrote(

@@ -1,0 +1,67 @@
+"""What is usual for one stream of the feed: how long it is quiet when nothing is wrong with it. Pure."""
+
+from schemas.events import NS_PER_S
+
+SPELLS_NS = 1800 * NS_PER_S  # quiet spells are remembered for one to two of these
+FACTOR = 4  # silence is unusual when it lasts this many times the longest remembered spell
+KNOWN_FRAMES = 10  # before so many frames, or before `floor_ns` has been listened to, nothing is judged
+
+
+class Rhythm:
+    """Times are receive times in ns, never decreasing. A quiet pair is quiet and a busy one is not: there is
+    no fixed timer, only `floor_ns`, below which no silence is called unusual."""
+
+    def __init__(self, floor_ns: int) -> None:
+        self._floor_ns = floor_ns
+        self.last: int | None = None  # heard, or began to listen
+        self._frames = 0
+        self._listened = 0
+        self._longest = self._longest_before = 0
+        self._since = 0
+
+    def listen(self, now: int) -> None:
+        """The feed begins, or begins again: silence until now was ours."""
+        self.last = now
+
+    def heard(self, now: int) -> None:
+        """A frame of this stream has come."""
+        if self.last is not None:
+            spell = now - self.last
+            self._listened += spell
+            if now - self._since > SPELLS_NS:
+                self._longest_before, self._longest, self._since = self._longest, 0, now
+            self._longest = max(self._longest, spell)
+        self._frames += 1
+        self.last = now
+
+    @property
+    def known(self) -> bool:
+        """Whether enough was heard to judge a silence."""
+        return self._frames >= KNOWN_FRAMES and self._listened >= self._floor_ns
+
+    @property
+    def longest_ns(self) -> int:
+        """The longest quiet spell of the last half hour to hour."""
+        return max(self._longest, self._longest_before)
+
+    @property
+    def usual_ns(self) -> int:
+        """A silence up to this long is nothing unusual."""
+        return max(self._floor_ns, FACTOR * self.longest_ns)
+
+    @property
+    def alive_until(self) -> int | None:
+        """Until when what it delivered last proves it alive; None: it never delivered."""
+        return self.last + self.usual_ns if self._frames and self.last is not None else None
+
+    def fresh(self, now: int) -> bool:
+        """Whether the stream has delivered within its usual interval."""
+        return self.alive_until is not None and now <= self.alive_until
+
+    def overdue(self, now: int) -> bool:
+        """Whether it has been silent for longer than is usual."""
+        return self.known and self.last is not None and now - self.last > self.usual_ns
+
+    def suspect(self, now: int) -> bool:
+        """Whether, now that the connection is gone, its last silence may already have been a stall."""
+        return self.known and self.last is not None and now - self.last > max(NS_PER_S, 2 * self.longest_ns)

@@ -1,0 +1,59 @@
+"""What is usual for a stream is learned: no fixed timer tells a quiet pair from a stalled feed."""
+
+from itertools import accumulate
+
+from producers.rhythm import Rhythm
+from schemas.events import NS_PER_S
+
+FLOOR = 10 * NS_PER_S
+
+
+def heard(*spells_s: float) -> tuple[Rhythm, int]:
+    """A rhythm after frames that far apart, and the time of the last."""
+    rhythm = Rhythm(FLOOR)
+    rhythm.listen(0)
+    times = [round(at * NS_PER_S) for at in accumulate(spells_s)]
+    for at in times:
+        rhythm.heard(at)
+    return rhythm, times[-1]
+
+
+def test_a_busy_stream_is_overdue_after_the_floor_and_a_quiet_one_is_not() -> None:
+    busy, now = heard(*[0.05] * 400)
+    assert not busy.overdue(now + FLOOR)
+    assert busy.overdue(now + FLOOR + 1)
+    quiet, now = heard(*[60] * 20)
+    assert not quiet.overdue(now + 200 * NS_PER_S)
+    assert quiet.overdue(now + 241 * NS_PER_S)
+
+
+def test_aggregates_that_come_in_a_burst_each_minute_are_quiet_for_a_minute() -> None:
+    minutes, now = heard(*([60] + [0.01] * 20) * 5)
+    assert not minutes.overdue(now + 90 * NS_PER_S)
+
+
+def test_nothing_is_judged_before_enough_was_heard() -> None:
+    """A burst on a quiet pair right at the beginning must not pass for its habit."""
+    few, now = heard(0.1, 0.1, 0.1)
+    assert not few.overdue(now + 3600 * NS_PER_S)
+    burst, now = heard(*[0.01] * 50)
+    assert not burst.overdue(now + 3600 * NS_PER_S)
+    assert not burst.suspect(now + 3600 * NS_PER_S)
+
+
+def test_a_calm_hour_ago_is_forgotten() -> None:
+    rhythm, _ = heard(120, 120, *[1] * 6000)
+    assert rhythm.longest_ns == NS_PER_S
+
+
+def test_our_own_absence_is_no_silence_of_the_feed() -> None:
+    rhythm, now = heard(*[1] * 30)
+    rhythm.listen(now + 600 * NS_PER_S)
+    rhythm.heard(now + 601 * NS_PER_S)
+    assert rhythm.longest_ns == NS_PER_S
+
+
+def test_silence_before_a_loss_is_suspect_when_it_is_longer_than_any() -> None:
+    rhythm, now = heard(*[1] * 30)
+    assert not rhythm.suspect(now + 2 * NS_PER_S)
+    assert rhythm.suspect(now + 2 * NS_PER_S + 1)
