@@ -89,6 +89,7 @@ class Journal:
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self._limit = limit_bytes
+        self._segment_bytes = min(SEGMENT_BYTES, limit_bytes // 8)  # room comes back by whole segments
         self._folder, self._lock = _claim(folder)
         self.name = self._folder.name
         self._segments: dict[int, _Segment] = {}
@@ -103,7 +104,7 @@ class Journal:
         self._last = max(self._segments)
         last = [segment.last for segment in self._segments.values() if segment.last]
         self.epoch = _decode(last[-1]).epoch if last else 0
-        """Of the last record that a former process left here; 0: it left none."""
+        """Of the last record in here; 0: there has been none."""
         self._mark = self._read = Place(min(self._segments), 0)
         self._handed = 0  # records between the mark and what was read
         self._pending = sum(segment.records for segment in self._segments.values())
@@ -133,13 +134,14 @@ class Journal:
         if self.size + len(block) > self._limit:
             raise JournalFull(f"it has reached its limit of {self._limit:,} bytes (JOURNAL_MAX_BYTES)")
         try:
-            if self._segments[self._last].size >= SEGMENT_BYTES:
+            if self._segments[self._last].size >= self._segment_bytes:
                 self._segments[self._last + 1] = _Segment(self._path(self._last + 1))
                 self._last += 1
             self._segments[self._last].append(block, len(records))
         except OSError as error:
             raise JournalFull(f"its disk does not take more: {error}") from error
         self._pending += len(records)
+        self.epoch = records[-1].epoch
         self._set()
 
     async def next(self) -> list[RawRecord]:

@@ -22,25 +22,24 @@ log = structlog.get_logger()
 
 SESSION_S = 6.0  # how long a killed holder keeps the others waiting; brokers allow no less
 STOP_S = 0.5
-HOLDS = b"holds"
 
 
 class _OneHolder(AbstractPartitionAssignor):  # type: ignore[misc]
-    """Gives the partition to the member that says it has it, so that a newcomer takes nothing away.
-    aiokafka wants a class, so what this process holds is the class's."""
+    """Gives the partition to the member that records, by its epoch, so that a newcomer takes nothing away, nor
+    does one that was frozen and still thinks it records. aiokafka wants a class, so the epoch is the class's."""
 
     name = "tapedeck-lease"
-    holding = False
+    epoch = 0
 
     @classmethod
     def metadata(cls, topics: Iterable[str]) -> ConsumerProtocolMemberMetadata:
-        return ConsumerProtocolMemberMetadata(0, list(topics), HOLDS if cls.holding else b"")
+        return ConsumerProtocolMemberMetadata(0, list(topics), b"%d" % cls.epoch)
 
     @classmethod
     def assign(
         cls, cluster: ClusterMetadata, members: Mapping[str, ConsumerProtocolMemberMetadata]
     ) -> dict[str, ConsumerProtocolMemberAssignment]:
-        holder = min(members, key=lambda name: (members[name].user_data != HOLDS, name))
+        holder = max(members, key=lambda name: (int(members[name].user_data or 0), name))
         topic = members[holder].subscription[0]
         return {
             name: ConsumerProtocolMemberAssignment(0, [(topic, [0])] if name == holder else [], b"") for name in members
@@ -48,7 +47,8 @@ class _OneHolder(AbstractPartitionAssignor):  # type: ignore[misc]
 
     @classmethod
     def on_assignment(cls, assignment: ConsumerProtocolMemberAssignment) -> None:
-        cls.holding = any(partitions for _, partitions in assignment.assignment)
+        if not any(partitions for _, partitions in assignment.assignment):
+            cls.epoch = 0
 
 
 class Lease(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -84,6 +84,11 @@ class Lease(ConsumerRebalanceListener):  # type: ignore[misc]
             with contextlib.suppress(TimeoutError, KafkaError):
                 async with asyncio.timeout(STOP_S):
                     await self._consumer.stop()
+
+    @staticmethod
+    def records(epoch: int) -> None:
+        """The holder says what epoch it records."""
+        _OneHolder.epoch = epoch
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
         """A rebalance begins: who has it when it ends is what counts."""

@@ -86,6 +86,7 @@ class Producer:
         try:
             resume = await self._take_up(publishing)
             self._slicer = self._new_slicer(resume)
+            lease.records(self._slicer.epoch)
             log.info("recording", epoch=self._slicer.epoch, streams=self._streams, pairs=self._pairs)
             reading = asyncio.create_task(self._read())
             lost = asyncio.create_task(_wait(lease.lost))
@@ -323,12 +324,14 @@ class Producer:
         not in the log is sent again by a new client. Raises Superseded."""
         topic = self._settings.topic_prefix + topics.RAW.name
         failures = 0
-        rounded = time.monotonic()
+        began = time.monotonic()
         while True:
             records = await self._journal.next()
+            last, began = began, time.monotonic()
             try:
-                if failures or not self._publisher.started or time.monotonic() - rounded > SESSION_S:
+                if failures or not self._publisher.started:
                     await self._publisher.restart()
+                if failures or began - last > SESSION_S:  # it may have been frozen, and its lease lost meanwhile
                     self._log_end = await read_log_end(self._settings)
                     if self._log_end.epoch > records[0].epoch and not self._log_end.has(records[0]):
                         raise Superseded
@@ -349,7 +352,7 @@ class Producer:
                 continue
             if failures:
                 log.info("Kafka takes the records again", failures=failures)
-            failures, rounded = 0, time.monotonic()
+            failures = 0
             self._shell.health["kafka"] = None
             self._journal.acknowledge()
             for kind, count in Counter(record.kind for record in records).items():

@@ -243,6 +243,8 @@ def spawn(settings: Settings, tmp_path: Path) -> Iterator[Spawn]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(value)
     return str(value.get_secret_value() if isinstance(value, SecretStr) else value)
 
 

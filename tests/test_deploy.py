@@ -99,7 +99,7 @@ def test_the_readme_has_every_command_topic_and_table() -> None:
     text = (TOP / "README.md").read_text()
     for command in cli.commands:
         assert f"`tapedeck {command}" in text, command
-    for topic in topics.ALL:
+    for topic in filter(lambda topic: topic.values, topics.ALL):
         assert f"`{topic.name}`" in text, topic.name
     for table in tables.ALL:
         assert f"`{table.name}`" in text, table.name

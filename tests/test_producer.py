@@ -10,17 +10,16 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from aiokafka import TopicPartition
+from scoring import raw_log
 from websockets.asyncio.server import ServerConnection, serve
 
 from producers import service
 from producers.protocol import AuthFailed, Evicted, Protocol, Refused, SessionError
 from producers.resume import read_log_end
 from producers.split import split_frame
-from schemas import topics, wire
+from schemas import wire
 from schemas.frames import read_frames
-from schemas.raw import RawRecord, decode_gap_value, from_kafka
-from tapedeck import kafka
+from schemas.raw import RawRecord, decode_gap_value
 from tapedeck.settings import Settings
 from tapedeck.shell import Shell
 
@@ -139,21 +138,6 @@ async def producing(settings: Settings, feed: Feed, record: Path | None = None) 
     finally:
         shell.stopping.set()
         await asyncio.wait_for(running, 10)
-
-
-async def raw_log(settings: Settings) -> dict[int, list[RawRecord]]:
-    """All records of the raw topic by partition."""
-    places = [TopicPartition(settings.topic_prefix + topics.RAW.name, n) for n in range(topics.PARTITIONS)]
-    reader = await kafka.consumer(settings, *places)
-    found: dict[int, list[RawRecord]] = {place.partition: [] for place in places}
-    try:
-        ends = await reader.end_offsets(places)
-        while sum(map(len, found.values())) < sum(ends.values()):
-            for place, records in (await reader.getmany(timeout_ms=500)).items():
-                found[place.partition] += [from_kafka(r.partition, r.timestamp, r.headers, r.value) for r in records]
-    finally:
-        await reader.stop()
-    return found
 
 
 def gaps(records: list[RawRecord]) -> list[tuple[str, int | None, int | None]]:

@@ -1,0 +1,152 @@
+"""What a producer made of a feed, against the feed's own record: nothing twice, nothing lost outside a marked
+gap, and no gap that is much longer than what was missed."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+from aiokafka import TopicPartition
+
+from producers.slicer import partition_of
+from producers.split import split_frame
+from schemas import topics, wire
+from schemas.events import NS_PER_MS, NS_PER_S
+from schemas.raw import RawRecord, decode_gap_value, from_kafka
+from tapedeck import kafka
+from tapedeck.settings import Settings
+
+SLACK_NS = 50 * NS_PER_MS  # the feed's clock is the market's, the log's is the newest event's
+
+
+class SentLine(msgspec.Struct):
+    """A line of the feed's record; `clock_ns` is the market's time when it was sent. Injected bytes that are no
+    events stand in base64 and are not looked at."""
+
+    clock_ns: int
+    frame: msgspec.Raw = msgspec.Raw(b"[]")
+
+
+class Span(NamedTuple):
+    """A marked gap of one partition, ns; `since` is 0 for what was before the recording."""
+
+    since: int
+    until: int
+    streams: frozenset[str]
+    reason: str
+
+
+class Score(NamedTuple):
+    """Totals: events sent, in the log, more often in the log than sent, absent but inside a gap, absent and
+    in none (with a few of them), and for each reason the seconds by which gaps exceed what was missed."""
+
+    sent: int
+    logged: int
+    repeated: int
+    in_gaps: int
+    lost: int
+    examples: list[str]
+    gaps: dict[str, int]
+    marked_s: float
+    missed_s: float
+
+    @property
+    def excess_s(self) -> float:
+        return self.marked_s - self.missed_s
+
+
+async def raw_log(settings: Settings) -> dict[int, list[RawRecord]]:
+    """All records of the raw topic by partition."""
+    places = [TopicPartition(settings.topic_prefix + topics.RAW.name, n) for n in range(topics.PARTITIONS)]
+    reader = await kafka.consumer(settings, *places)
+    found: dict[int, list[RawRecord]] = {place.partition: [] for place in places}
+    try:
+        ends = await reader.end_offsets(places)
+        while sum(map(len, found.values())) < sum(ends.values()):
+            for place, records in (await reader.getmany(timeout_ms=500)).items():
+                found[place.partition] += [from_kafka(r.partition, r.timestamp, r.headers, r.value) for r in records]
+    finally:
+        await reader.stop()
+    return found
+
+
+def spans_of(log: Mapping[int, list[RawRecord]]) -> dict[int, list[Span]]:
+    """The marked gaps of each partition."""
+    spans: dict[int, list[Span]] = defaultdict(list)
+    for partition, records in log.items():
+        for record in records:
+            if record.kind == "gap":
+                gap = decode_gap_value(record.value)
+                until = record.timestamp_ms * NS_PER_MS if gap.to is None else gap.to
+                spans[partition].append(Span(gap.from_ or 0, until, frozenset(gap.streams), gap.reason))
+    return spans
+
+
+def score(record: Path, log: Mapping[int, list[RawRecord]]) -> Score:
+    """Counts every event that was sent up to the log's end, and adds up the gaps."""
+    logged: Counter[bytes] = Counter()
+    for records in log.values():
+        for one in records:
+            if one.kind == "slice":
+                logged.update(item.data for item in split_frame(one.value))
+    total = logged.total()
+    spans = spans_of(log)
+    end = max((one.timestamp_ms for records in log.values() for one in records), default=0) * NS_PER_MS
+    sent = in_gaps = lost = 0
+    examples: list[str] = []
+    missed: dict[Span, list[int]] = defaultdict(list)
+    for clock, data, head in _sent(record):
+        if logged[data] > 0:
+            logged[data] -= 1
+            sent += 1
+            continue
+        if clock > end:
+            continue
+        sent += 1
+        within = [
+            span
+            for span in spans[partition_of(head.pair)]
+            if head.ev in span.streams and span.since - SLACK_NS <= clock <= span.until + SLACK_NS
+        ]
+        for span in within:
+            missed[span].append(clock)
+        if within:
+            in_gaps += 1
+        else:
+            lost += 1
+            examples.append(f"{clock} {data[:120].decode()}")
+    known = {span for each in spans.values() for span in each if span.since and span.reason != "stop"}
+    reasons = Counter(span.reason for span in known)
+    return Score(
+        sent,
+        total,
+        logged.total(),
+        in_gaps,
+        lost,
+        examples[:5],
+        dict(reasons),
+        _union((span.since, span.until) for span in known) / NS_PER_S,
+        _union((min(times), max(times)) for span, times in missed.items() if span in known) / NS_PER_S,
+    )
+
+
+def _sent(record: Path) -> Iterable[tuple[int, bytes, wire.Head]]:
+    decode = msgspec.json.Decoder(SentLine).decode
+    with record.open("rb") as lines:
+        for line in lines:
+            if not line.endswith(b"\n"):
+                continue  # torn by a kill, and so never sent
+            sent = decode(line)
+            for item in split_frame(bytes(sent.frame)):
+                if item.head is not None and item.head.ev in wire.STREAMS:
+                    yield sent.clock_ns, item.data, item.head
+
+
+def _union(spans: Iterable[tuple[int, int]]) -> int:
+    """The length of what at least one of them covers."""
+    length, reached = 0, 0
+    for since, until in sorted(spans):
+        length += max(0, until - max(since, reached))
+        reached = max(reached, until)
+    return length
