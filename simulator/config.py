@@ -6,6 +6,8 @@ from pathlib import Path
 
 import msgspec
 
+from simulator.faults import Fault
+
 DEFAULT_SYMBOLS = ("BTC-USD", "ETH-USD", "SOL-USD", "MATIC-USD", "AVAX-USD")
 MAX_SPEED = math.inf
 
@@ -21,11 +23,23 @@ class SimulatorConfig(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 0
     """Port to listen on; 0 takes a free one, which `serve` reports."""
 
+    rest_port: int = 0
+    """Port of REST and of the control; 0 takes a free one."""
+
     keys: frozenset[str] = frozenset()
     """The API keys that are accepted; when empty, any key is."""
 
     auth_timeout_s: float = 10.0
     """Wall seconds a client has for authenticating before it gets `auth_timeout` and is closed."""
+
+    connections_per_key: int | None = None
+    """A key's connections above this number evict its oldest; None is any number."""
+
+    backlog_bytes: int | None = None
+    """A client that leaves more than this unread is cut off; None holds the market up for it instead."""
+
+    faults: tuple[Fault, ...] = ()
+    """What is to go wrong, and when."""
 
     frames: Path | None = None
     """A frames file (.gz or plain) to play; None plays the synthetic market."""
@@ -46,11 +60,15 @@ class SimulatorConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Stop sending this many wall seconds after the first subscription; None never does."""
 
     record: Path | None = None
-    """A frames file to append what was sent to; None keeps no record."""
+    """A frames file to append what was published to, its faults beside it; None keeps no record."""
 
     def __post_init__(self) -> None:
         if not self.speed > 0:
             raise ValueError(f"speed must be above 0, or inf for as fast as it goes; it is {self.speed}")
+        if self.connections_per_key is not None and self.connections_per_key < 1:
+            raise ValueError("connections_per_key must be at least 1")
+        if self.backlog_bytes is not None and self.backlog_bytes < 1:
+            raise ValueError("backlog_bytes must be at least 1")
         if self.record is not None and self.record == self.frames:
             raise ValueError(f"record and frames are the same file, {self.record}: it would play without end")
         if not self.symbols:
