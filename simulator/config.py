@@ -26,6 +26,12 @@ class SimulatorConfig(msgspec.Struct, frozen=True, kw_only=True):
     rest_port: int = 0
     """Port of REST and of the control; 0 takes a free one."""
 
+    rest_hours: float = 6.0
+    """How many hours of market time REST knows trades of; 0 is none, and saves their memory."""
+
+    rest_per_minute: int | None = None
+    """How many REST requests a key may make in a minute; None is any number."""
+
     keys: frozenset[str] = frozenset()
     """The API keys that are accepted; when empty, any key is."""
 
@@ -65,6 +71,10 @@ class SimulatorConfig(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not self.speed > 0:
             raise ValueError(f"speed must be above 0, or inf for as fast as it goes; it is {self.speed}")
+        if not 0 <= self.rest_hours < math.inf:
+            raise ValueError(f"rest_hours must not be below 0, and finite; it is {self.rest_hours}")
+        if self.rest_per_minute is not None and self.rest_per_minute < 0:
+            raise ValueError("rest_per_minute must not be below 0")
         if self.connections_per_key is not None and self.connections_per_key < 1:
             raise ValueError("connections_per_key must be at least 1")
         if self.backlog_bytes is not None and self.backlog_bytes < 1:

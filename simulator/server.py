@@ -19,12 +19,14 @@ from simulator.control import Control
 from simulator.faults import Faults
 from simulator.feed import Feed
 from simulator.frame import Frame
+from simulator.history import HOUR_MS, History
 from simulator.injector import Injector
 from simulator.listener import Listener
 from simulator.market import market
 from simulator.playback import play_file
 from simulator.protocol import AUTH_TIMEOUT, CONNECTED, Session, status_frame
 from simulator.record import Recorder, faults_path
+from simulator.rest import Rest
 from simulator.tape import Tape
 
 DAY_NS = 86_400 * 1_000_000_000
@@ -54,7 +56,8 @@ async def serve(config: SimulatorConfig, stop: asyncio.Event, on_ready: Callable
             recorder = stack.enter_context(contextlib.closing(Recorder(config.record)))
             fault_recorder = stack.enter_context(contextlib.closing(Recorder(faults_path(config.record))))
         faults = Faults()
-        feed = Feed(recorder, faults, lambda frame: None, config.backlog_bytes)
+        history = History(int(config.rest_hours * HOUR_MS), () if config.frames is not None else config.symbols)
+        feed = Feed(recorder, faults, history.add, config.backlog_bytes)
         connections = Connections(config.connections_per_key, feed.leave)
 
         async def converse(connection: ServerConnection) -> None:
@@ -68,7 +71,8 @@ async def serve(config: SimulatorConfig, stop: asyncio.Event, on_ready: Callable
         injector = await stack.enter_async_context(Injector(feed, connections, listener, faults, fault_recorder))
         for fault in config.faults:
             injector.add(fault)
-        rest_port = await _open_http(stack, config, Control(injector, feed))
+        rest = Rest(history, faults, config.keys, config.rest_per_minute, lambda: feed.clock_ns)
+        rest_port = await _open_http(stack, config, rest, Control(injector, feed))
         wait = math.isinf(config.speed)
         playing = asyncio.create_task(feed.play(tape, wait_for_clients=wait, seconds=config.seconds))
         cutting = asyncio.create_task(_cut_slow(feed, connections))
@@ -95,9 +99,10 @@ def _source(config: SimulatorConfig) -> Iterator[Frame]:
     return market(config.seed, config.symbols, start_ns)
 
 
-async def _open_http(stack: contextlib.AsyncExitStack, config: SimulatorConfig, control: Control) -> int:
+async def _open_http(stack: contextlib.AsyncExitStack, config: SimulatorConfig, rest: Rest, control: Control) -> int:
     """Serve HTTP until the stack is left; returns the port."""
     app = web.Application()
+    rest.add_to(app.router)
     control.add_to(app.router)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()

@@ -155,7 +155,11 @@ def sink(name: str) -> int:
 @cli.command()
 @click.option("--port", type=click.IntRange(0, 65535), required=True, help="Port to listen on; 0: a free one.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--rest-port", type=click.IntRange(0, 65535), default=0, help="Port of the control; default: a free one.")
+@click.option(
+    "--rest-port", type=click.IntRange(0, 65535), default=0, help="Of REST and the control; default: a free one."
+)
+@click.option("--rest-hours", type=click.FloatRange(min=0), default=6, help="Market time that REST knows; 0: none.")
+@click.option("--rest-per-minute", type=click.IntRange(min=0), help="Requests a key may make; default: any number.")
 @click.option("--frames", type=Existing, help="Play this frames file instead of a synthetic market.")
 @click.option("--speed", type=Speed(), default="1", show_default=True, help="Times real time, or max.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the synthetic market.")
