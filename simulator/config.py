@@ -56,6 +56,9 @@ class SimulatorConfig(msgspec.Struct, frozen=True, kw_only=True):
     symbols: tuple[str, ...] = DEFAULT_SYMBOLS
     """Pairs of the synthetic market, busiest first; of four or more the last two are quiet."""
 
+    wide: bool = False
+    """Whether the activity of the pairs is as different as that of hundreds: many then trade rarely."""
+
     start_ns: int | None = None
     """Where the synthetic market's time begins (ns since the epoch); None is 24 hours before now."""
 

@@ -164,6 +164,7 @@ def sink(name: str) -> int:
 @click.option("--speed", type=Speed(), default="1", show_default=True, help="Times real time, or max.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the synthetic market.")
 @click.option("--symbols", type=Symbols(), help="Pairs of the synthetic market.")
+@click.option("--pairs", type=click.IntRange(1, 10_000), help="Instead: so many pairs, from busy to nearly asleep.")
 @click.option("--record", type=Writable, help="Append what is sent to this frames file, before sending it.")
 @click.option("--start-ns", type=int, help="Market time to begin at, ns since the epoch; default: 24 h ago.")
 @click.option("--seconds", type=click.FloatRange(min=0), help="Stop sending this long after the first subscription.")
@@ -171,7 +172,7 @@ def sink(name: str) -> int:
 @click.option("--connections-per-key", type=click.IntRange(1), help="One more evicts the oldest; default: any number.")
 @click.option("--backlog-bytes", type=click.IntRange(1), help="Cut a client off that leaves more than this unread.")
 @click.option("--fault", "faults", type=FaultSpec(), multiple=True, help="Let this go wrong; may be repeated.")
-def simulate(symbols: list[str] | None, keys: str | None, **options: Any) -> int:
+def simulate(symbols: list[str] | None, pairs: int | None, keys: str | None, **options: Any) -> int:
     """A server that speaks the vendor's WebSocket protocol at ws://127.0.0.1:PORT/crypto.
 
     The market's time begins with the first subscription.
@@ -187,12 +188,16 @@ def simulate(symbols: list[str] | None, keys: str | None, **options: Any) -> int
     """
     from simulator.config import DEFAULT_SYMBOLS, SimulatorConfig
     from simulator.server import Bound, serve
+    from simulator.symbols import plausible
     from tapedeck.errors import TapedeckError, UsageError
     from tapedeck.shell import Shell, log, run_service
 
+    if symbols and pairs:
+        raise click.UsageError("give either --symbols or --pairs")
     try:
         config = SimulatorConfig(
-            symbols=tuple(symbols or DEFAULT_SYMBOLS),
+            symbols=plausible(pairs) if pairs else tuple(symbols or DEFAULT_SYMBOLS),
+            wide=pairs is not None,
             keys=frozenset(filter(None, (keys or "").split(","))),
             **options,
         )
