@@ -4,24 +4,21 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from itertools import groupby
 
 from websockets.exceptions import ConnectionClosed
 from websockets.protocol import State
 
 from simulator import metrics
 from simulator.connections import Connection
+from simulator.deal import Deal
 from simulator.faults import Faults, Incident
-from simulator.frame import Frame, Subscriptions, Topic, part
+from simulator.frame import Frame, Subscriptions
 from simulator.mischief import alter
 from simulator.protocol import CHANNELS, Session
 from simulator.record import Recorder, is_text, record_line
 from simulator.tape import Tape
-
-Shares = dict[Connection, Frame]
-"""What each client gets of a frame."""
 
 
 class Feed:
@@ -104,23 +101,22 @@ class Feed:
         """Send the last frame that a client got once more."""
         async with self.publishing:
             if self._delivered is not None:
-                outgoing: defaultdict[Connection, list[bytes]] = defaultdict(list)
-                self._write(self._deal(self._delivered, incident, self._wanted(), outgoing))
-                await self._send_all(outgoing)
+                deal = self._deal(self._wanted())
+                deal.add(self._delivered, incident)
+                await self._finish(deal)
 
     async def inject(self, data: bytes, incident: Incident) -> None:
         """Send a text message that is no part of the market to every client."""
         async with self.publishing:
             listeners = self._listeners()
-            frame = Frame(0, self.clock_ns, data, ())
-            self._write([record_line(frame, time.time_ns(), len(listeners), incident)])
+            line = record_line(Frame(0, self.clock_ns, data, ()), time.time_ns(), len(listeners), incident)
+            self._write([line])
             await self._send_all({connection: [data] for connection in listeners}, text=True)
 
     async def _publish(self, batch: Sequence[Frame]) -> None:
         """Record the batch, then send it. Who joins meanwhile gets the next one."""
         wanted = self._wanted()
-        outgoing: defaultdict[Connection, list[bytes]] = defaultdict(list)
-        lines: list[bytes] = []
+        deal = self._deal(wanted)
         streams: Counter[str] = Counter()
         for made in batch:
             for frame, incident in alter(made, self._faults, wanted.wants):
@@ -128,13 +124,21 @@ class Feed:
                 published = wanted.select(frame)
                 if published is not None:
                     streams.update([event.topic[0] if event.topic else "" for event in published.events])
-                    lines += self._deal(published, incident, wanted, outgoing)
+                    deal.add(published, incident)
         self.clock_ns = batch[-1].clock_ns
-        self._write(lines)
         for stream, count in streams.items():
             metrics.EVENTS.labels(stream if stream in CHANNELS else "other").inc(count)
         metrics.CLOCK.set(self.clock_ns / 1e9)
-        await self._send_all(outgoing)
+        await self._finish(deal)
+
+    def _deal(self, wanted: Subscriptions) -> Deal:
+        stalls = [incident.fault for incident in self._faults.of("stall")]
+        return Deal(self._listeners(), wanted, stalls, time.time_ns())
+
+    async def _finish(self, deal: Deal) -> None:
+        self._delivered = deal.delivered or self._delivered
+        self._write(deal.lines)
+        await self._send_all(deal.messages)
 
     def _wanted(self) -> Subscriptions:
         """What is recorded: a single client's own object if that is all."""
@@ -146,26 +150,6 @@ class Feed:
     def _listeners(self) -> dict[Connection, Subscriptions]:
         """The clients that can be sent to."""
         return {line: session.subscriptions for line, session in self._clients.items() if not line.deaf}
-
-    def _deal(
-        self,
-        frame: Frame,
-        incident: Incident | None,
-        wanted: Subscriptions,
-        outgoing: defaultdict[Connection, list[bytes]],
-    ) -> list[bytes]:
-        """Add each client's share of a frame to `outgoing`; returns the lines of the record."""
-        stalls = [one.fault for one in self._faults.of("stall")]
-
-        def withheld(topic: Topic | None) -> bool:
-            return any(stall.covers(topic) for stall in stalls)
-
-        shares, counted = deal(frame, self._listeners(), wanted, withheld if stalls else None)
-        for connection, share in shares.items():
-            outgoing[connection].append(share.data)
-            self._delivered = frame
-        recv_ns = time.time_ns()
-        return [record_line(run, recv_ns, clients, incident) for run, clients in counted]
 
     def _write(self, lines: Collection[bytes]) -> None:
         if self._recorder is not None:
@@ -190,32 +174,6 @@ class Feed:
             if connection.transport.get_write_buffer_size() > self._backlog_bytes:
                 self.leave(connection)
                 self.slow.put_nowait(connection)
-
-
-def deal(
-    frame: Frame,
-    listeners: dict[Connection, Subscriptions],
-    wanted: Subscriptions,
-    withheld: Callable[[Topic | None], bool] | None,
-) -> tuple[Shares, list[tuple[Frame, int]]]:
-    """Each client's share of a frame, and the frame cut where the number of clients that get an event changes."""
-    if not frame.events:
-        takers = [] if withheld is not None and withheld(None) else list(listeners)
-        return dict.fromkeys(takers, frame), [(frame, len(takers))]
-    if withheld is None and (not listeners or (len(listeners) == 1 and wanted in listeners.values())):
-        return dict.fromkeys(listeners, frame), [(frame, len(listeners))]
-    takers_of = [
-        [line for line, own in listeners.items() if own.wants(event.topic)]
-        if withheld is None or not withheld(event.topic)
-        else []
-        for event in frame.events
-    ]
-    shares = {}
-    for line in listeners:
-        if events := [event for event, takers in zip(frame.events, takers_of, strict=True) if line in takers]:
-            shares[line] = part(frame, events)
-    runs = groupby(zip(frame.events, takers_of, strict=True), key=lambda one: len(one[1]))
-    return shares, [(part(frame, [event for event, _ in run]), clients) for clients, run in runs]
 
 
 def _put(connection: Connection, messages: Sequence[bytes], text: bool | None) -> None:
