@@ -51,11 +51,22 @@ class Subscriptions:
     def select(self, frame: Frame) -> Frame | None:
         """The frame itself if all of it is wanted (byte for byte), a shorter one, or None for nothing."""
         events = [event for event in frame.events if self.wants(event.topic)]
-        if len(events) == len(frame.events):
-            return frame
-        if not events:
-            return None
-        return Frame(frame.offset_ns, frame.clock_ns, join(events), events)
+        return part(frame, events) if events or not frame.events else None
+
+    @property
+    def empty(self) -> bool:
+        return not self._topics
+
+    def within(self, other: "Subscriptions") -> bool:
+        """Whether the other asks for all of it."""
+        return all(other.wants(topic) for topic in self._topics)
+
+
+def part(frame: Frame, events: Sequence[Event]) -> Frame:
+    """The frame with only these of its events: itself if they are all."""
+    if len(events) == len(frame.events):
+        return frame
+    return Frame(frame.offset_ns, frame.clock_ns, join(events), events)
 
 
 def join(events: Iterable[Event]) -> bytes:

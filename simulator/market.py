@@ -10,7 +10,7 @@ from random import Random
 
 from simulator.frame import Event, Frame, join
 from simulator.minute import Minute, Minutes
-from simulator.pair import Fill, Pair, TradeIds
+from simulator.pair import Activity, Fill, Pair, TradeIds
 
 BATCH_NS = 10_000_000
 """A frame leaves this long after its first event, or when it is full."""
@@ -18,11 +18,15 @@ BATCH_NS = 10_000_000
 BATCH_EVENTS = 20
 
 _BUSIEST_TRADES_PER_S = 11.0
+_REGULAR_PAIRS = 10  # of a wide market
 
 
-def market(seed: int, symbols: Sequence[str], start_ns: int) -> Iterator[Frame]:
-    """The frames of an endless market that begins at `start_ns` (since the epoch); see the module."""
-    return batch(publish(seed, symbols, start_ns), start_ns)
+def market(seed: int, symbols: Sequence[str], start_ns: int, *, wide: bool = False) -> Iterator[Frame]:
+    """The frames of an endless market that begins at `start_ns` (since the epoch); see the module.
+
+    `wide` is for many pairs: from several trades a second down to hours without one.
+    """
+    return batch(publish(seed, symbols, start_ns, (wide_activities if wide else activities)(len(symbols))), start_ns)
 
 
 def batch(events: Iterable[tuple[int, Event]], start_ns: int) -> Iterator[Frame]:
@@ -42,16 +46,16 @@ def batch(events: Iterable[tuple[int, Event]], start_ns: int) -> Iterator[Frame]
             waiting = []
 
 
-def publish(seed: int, symbols: Sequence[str], start_ns: int) -> Iterator[tuple[int, Event]]:
+def publish(
+    seed: int, symbols: Sequence[str], start_ns: int, activity: Sequence[Activity]
+) -> Iterator[tuple[int, Event]]:
     """Every event with the time (ns) at which the vendor publishes it, in the order of these times.
 
     A minute's XA follows 0.1 to 2 s after its end, or after a trade that changes it later.
     """
     rng = Random(seed)
     ids = TradeIds(start_ns)
-    pairs = [
-        Pair(symbol, rate, start_ns, ids, rng) for symbol, rate in zip(symbols, trade_rates(len(symbols)), strict=True)
-    ]
+    pairs = [Pair(symbol, own, start_ns, ids, rng) for symbol, own in zip(symbols, activity, strict=True)]
     minutes = [Minutes() for _ in pairs]
     arrivals = [(start_ns + pair.next_gap_ns(), number) for number, pair in enumerate(pairs)]
     heapify(arrivals)
@@ -81,10 +85,15 @@ def publish(seed: int, symbols: Sequence[str], start_ns: int) -> Iterator[tuple[
         heapreplace(arrivals, (t_ns + pairs[number].next_gap_ns(), number))
 
 
-def trade_rates(pairs: int) -> list[float]:
-    """Trades per second of each pair, busiest first; 0 is quiet: the last two of four or more, else the last.
+def activities(pairs: int) -> list[Activity]:
+    """Of each pair, busiest first; quiet are the last two of four or more, else the last.
 
     An only pair is not quiet.
     """
     quiet = 2 if pairs >= 4 else 1 if pairs >= 2 else 0
-    return [_BUSIEST_TRADES_PER_S / (rank + 1) for rank in range(pairs - quiet)] + [0.0] * quiet
+    return [Activity(_BUSIEST_TRADES_PER_S / (rank + 1)) for rank in range(pairs - quiet)] + [Activity(0)] * quiet
+
+
+def wide_activities(pairs: int) -> list[Activity]:
+    """Of each pair, busiest first: the hundredth trades once in a minute and a half, and only by chance."""
+    return [Activity(_BUSIEST_TRADES_PER_S / (rank + 1) ** 1.5, rank < _REGULAR_PAIRS) for rank in range(pairs)]

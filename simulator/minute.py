@@ -3,7 +3,7 @@
 MINUTE_MS = 60_000
 SIZE_DIGITS = 8
 
-_KEPT_MINUTES = 5  # no trade is published longer after its time than the market's greatest lateness
+_KEPT_MINUTES = 8  # no trade is published longer after its time than the market's greatest lateness
 
 
 class Minute:

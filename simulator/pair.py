@@ -6,16 +6,19 @@ geometric random walk over the arrivals; quotes stand around it and trades mostl
 """
 
 import math
+from functools import cache
 from math import exp, log
 from random import Random
+from typing import NamedTuple
 
 import msgspec
 
 from simulator.frame import Event
 from simulator.minute import SIZE_DIGITS, decimal
 
-# USD; only the order of magnitude matters. A pair not named here gets a random one.
-_START_PRICES = {"BTC-USD": 61_000, "ETH-USD": 2_600, "SOL-USD": 155, "MATIC-USD": 0.42, "AVAX-USD": 22.5}
+# In about dollars; only the order of magnitude matters. A currency not named here gets a random one.
+_START_PRICES = {"BTC": 61_000, "ETH": 2_600, "SOL": 155, "MATIC": 0.42, "AVAX": 22.5}
+_DOLLARS = {"USD", "EUR", "GBP", "USDT", "USDC"}
 
 _S = 1_000_000_000
 _MS = 1_000_000
@@ -30,8 +33,18 @@ _SWEEP_SHARE = 0.05  # of the trade arrivals
 _TRADES_PER_TRADE_ARRIVAL = 1.3
 _LATE_SHARE = 0.004
 _VERY_LATE_SHARE = 0.0005
+_MINUTES_LATE_SHARE = 0.0001
+_OVERTAKEN_SHARE = 0.01  # of the quotes
 _VOLATILITY = 1.1e-4  # of the price per square root of a second: 60 % a year
-_SIZES = 1024  # a pair draws its sizes once, then picks among them
+_SIZES, _FEW_SIZES = 1024, 64  # a pair draws its sizes once, then picks among them
+
+
+class Activity(NamedTuple):
+    """How much goes on in a pair: its mean rate (0 is quiet: nothing but regular trades), and whether a trade
+    comes every 20 to 30 s at least. Without that it may take hours."""
+
+    trades_per_s: float
+    regular: bool = True
 
 
 class Fill(msgspec.Struct, frozen=True, gc=False):
@@ -66,29 +79,33 @@ class TradeIds:
 
 
 class Pair:
-    """The state of one pair; `trades_per_s` is its mean rate, 0 for a quiet one: a trade every 20 to 30 s."""
+    """The state of one pair."""
 
-    def __init__(self, symbol: str, trades_per_s: float, start_ns: int, ids: TradeIds, rng: Random) -> None:
+    def __init__(self, symbol: str, activity: Activity, start_ns: int, ids: TradeIds, rng: Random) -> None:
         self.symbol = symbol
-        price = _START_PRICES.get(symbol) or 10 ** rng.uniform(-1, 3)
+        base, _, quote = symbol.partition("-")
+        price = _START_PRICES.get(base if quote in _DOLLARS else "") or 10 ** rng.uniform(-1, 3)
         self.digits = min(max(2, 4 - math.floor(math.log10(price))), 4)
         self._rng = rng
         self._random = rng.random
         self._ids = ids
-        self._quiet = not trades_per_s
+        self._quiet = not activity.trades_per_s
+        self._regular = activity.regular
+        self._longest_gap_s = _LONGEST_GAP_S if activity.regular else math.inf
         self._trade_share = 0.0 if self._quiet else _TRADE_SHARE
 
-        arrivals_per_s = 0.3 if self._quiet else trades_per_s / (_TRADE_SHARE * _TRADES_PER_TRADE_ARRIVAL)
+        arrivals_per_s = 0.3 if self._quiet else activity.trades_per_s / (_TRADE_SHARE * _TRADES_PER_TRADE_ARRIVAL)
         self._spontaneous = arrivals_per_s * (1 - _BRANCHING)  # per second
         self._excited = 0.001 * self._spontaneous  # on top, per second; decays, and jumps at each arrival
-        self._trade_due_ns = start_ns + int(rng.uniform(0, 15) * _S)
+        self._trade_due_ns = start_ns + int(rng.uniform(0, 15) * _S) if activity.regular else math.inf
         self._published_ns = start_ns
 
         self._ticks = 10**self.digits
-        self._fractions = [decimal(tick, self.digits)[1:] for tick in range(self._ticks)]  # ".01" of 61000.01
+        self._fractions = _fractions(self.digits)
         self._mid = price * self._ticks
         self._step = math.sqrt(12 / arrivals_per_s) * _VOLATILITY  # uniform with the variance of the volatility
-        self._sizes = [_draw_size(int(30 / price * 10**SIZE_DIGITS), rng) for _ in range(_SIZES)]
+        sizes = _SIZES if activity.regular else _FEW_SIZES
+        self._sizes = [_draw_size(int(30 / price * 10**SIZE_DIGITS), rng) for _ in range(sizes)]
         self._topic_trade, self._topic_quote = ("XT", symbol), ("XQ", symbol)
         self._bid = self._ask = 0
         self._requote()
@@ -100,14 +117,14 @@ class Pair:
         remaining = 1 + _DECAY_PER_S * log(1 - random()) / self._excited
         if remaining > 0 and (excited_s := -log(remaining) / _DECAY_PER_S) < gap_s:
             gap_s = excited_s
-        if gap_s > _LONGEST_GAP_S:
-            gap_s = _LONGEST_GAP_S
+        if gap_s > self._longest_gap_s:
+            gap_s = self._longest_gap_s
         self._excited = self._excited * exp(-_DECAY_PER_S * gap_s) + _BRANCHING * _DECAY_PER_S
         return int(gap_s * _S) + 1
 
     def arrive(self, t_ns: int) -> list[Publication]:
         """What happens at this arrival: a quote, a trade, or the trades of a sweep."""
-        # A pair is received in order, 3 to 45 ms after the fact.
+        # A pair is received in order, 3 to 45 ms after the fact; what is late beyond that is overtaken.
         received_ns = t_ns + (3 + int(42 * self._random() ** 2)) * _MS
         if received_ns < self._published_ns:
             received_ns = self._published_ns
@@ -131,17 +148,20 @@ class Pair:
     def _quote(self, t_ns: int, received_ns: int) -> Publication:
         self._requote()
         random, sizes = self._random, self._sizes
+        if random() < _OVERTAKEN_SHARE:
+            received_ns += int((0.05 + 0.75 * random()) * _S)
         event = (
             f'{{"ev":"XQ","pair":"{self.symbol}","lp":0,"ls":0,"bp":{self._price_text(self._bid)}'
-            f',"bs":{sizes[int(random() * _SIZES)][1]},"ap":{self._price_text(self._ask)}'
-            f',"as":{sizes[int(random() * _SIZES)][1]},"t":{t_ns // _MS}'
+            f',"bs":{sizes[int(random() * len(sizes))][1]},"ap":{self._price_text(self._ask)}'
+            f',"as":{sizes[int(random() * len(sizes))][1]},"t":{t_ns // _MS}'
             f',"x":{_EXCHANGES[int(random() * len(_EXCHANGES))]},"r":{received_ns // _MS}}}'
         )
         return received_ns, Event(self._topic_quote, event.encode()), None
 
     def _trade(self, t_ns: int, received_ns: int) -> list[Publication]:
         rng = self._rng
-        self._trade_due_ns = t_ns + int(rng.uniform(20, 25) * _S)
+        if self._regular:
+            self._trade_due_ns = t_ns + int(rng.uniform(20, 25) * _S)
         exchange = _EXCHANGES[int(rng.random() * len(_EXCHANGES))]
         buys = rng.random() < 0.5
         u = rng.random()
@@ -152,7 +172,7 @@ class Pair:
         price = self._trade_price(buys)
         result: list[Publication] = []
         for _ in range(fills):
-            size, size_text = self._sizes[int(rng.random() * _SIZES)]
+            size, size_text = self._sizes[int(rng.random() * len(self._sizes))]
             event = (
                 f'{{"ev":"XT","pair":"{self.symbol}","p":{self._price_text(price)},"t":{t_ms}'
                 f',"s":{size_text},{conditions}"i":{self._ids.next(exchange)},"x":{exchange}'
@@ -172,14 +192,22 @@ class Pair:
         return self._ask + worse if buys else max(1, self._bid - worse)
 
     def _lateness_ns(self, t_ns: int) -> int:
-        """Mostly 0, sometimes 1 to 3 s; rarely, in a busy pair, 20 to 90 s and past the minute's end."""
+        """Mostly 0, sometimes 1 to 3 s; rarely, in a busy pair, past the minute's end: 20 to 90 s, or to 5 min."""
         u = self._random()
         if u >= _LATE_SHARE:
             return 0
         if u >= _VERY_LATE_SHARE or self._quiet:
             return int(self._rng.uniform(1, 3) * _S)
+        if u < _MINUTES_LATE_SHARE:
+            return int(self._rng.uniform(90, 300) * _S)
         to_minute_end = 60 * _S - t_ns % (60 * _S)
         return max(int(self._rng.uniform(20, 85) * _S), to_minute_end + 5 * _S)
+
+
+@cache
+def _fractions(digits: int) -> list[str]:
+    """ ".01" of 61000.01, for every fraction that this many digits have; nothing for a whole number."""
+    return [decimal(tick, digits)[1:] for tick in range(10**digits)]
 
 
 def _draw_size(least: int, rng: Random) -> tuple[int, str]:

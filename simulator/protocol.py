@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 import msgspec
 
+from simulator.faults import Faults
 from simulator.frame import Subscriptions, Topic
 
 CHANNELS = frozenset({"XT", "XQ", "XA", "XAS", "XL2"})
@@ -31,6 +32,9 @@ CONNECTED = Status("connected", "Connected Successfully")
 AUTH_SUCCESS = Status("auth_success", "authenticated")
 AUTH_FAILED = Status("auth_failed", "authentication failed")
 AUTH_TIMEOUT = Status("auth_timeout", "No authentication request received.")
+MAX_CONNECTIONS = Status("max_connections", "Maximum number of connections exceeded.")
+SLOW_CONSUMER = Status("slow_consumer", "Data is not read fast enough.")
+FORCE_DISCONNECT = Status("force_disconnect", "The connection will be closed.")
 NOT_AUTHORIZED = Status("error", "not authorized")
 NOT_UNDERSTOOD = Status("error", "not understood: send an action (auth, subscribe, unsubscribe) and params")
 
@@ -55,8 +59,10 @@ def parse_topic(param: str) -> Topic | None:
 class Session:
     """One client's conversation. After `refused` the server closes the connection."""
 
-    def __init__(self, keys: Collection[str] = ()) -> None:
+    def __init__(self, keys: Collection[str] = (), faults: Faults | None = None) -> None:
         self._keys = keys
+        self._faults = faults or Faults()
+        self.key = ""  # with which it authenticated
         self.authenticated = False
         self.refused = False
         self.subscribed = False  # ever: a client that gave up its last topic still is one
@@ -80,13 +86,20 @@ class Session:
         return status_frame(NOT_UNDERSTOOD)
 
     def _auth(self, key: str) -> Status:
-        self.authenticated = not self._keys or key in self._keys
+        if self._faults.strike("auth-timeout"):
+            answer = AUTH_TIMEOUT
+        elif self._faults.strike("auth-failed") or (self._keys and key not in self._keys):
+            answer = AUTH_FAILED
+        else:
+            answer = AUTH_SUCCESS
+            self.key = key
+        self.authenticated = answer is AUTH_SUCCESS
         self.refused = not self.authenticated
-        return AUTH_SUCCESS if self.authenticated else AUTH_FAILED
+        return answer
 
     def _subscribe(self, param: str) -> Status:
         topic = parse_topic(param.strip())
-        if topic is None:
+        if topic is None or self._faults.strike("refuse", topic):
             return NOT_AUTHORIZED
         self.subscriptions.add(topic)
         self.subscribed = True

@@ -51,6 +51,20 @@ class Symbols(click.ParamType):
         return symbols
 
 
+class FaultSpec(click.ParamType):
+    """A fault and when it comes."""
+
+    name = "AT_S:KIND[,NAME=VALUE…]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from simulator.faults import parse
+
+        try:
+            return parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 def main() -> NoReturn:
     """The entry point: expected errors are one line on standard error, with exit code 1 or 2."""
     from tapedeck.errors import TapedeckError
@@ -148,52 +162,63 @@ def sink(name: str) -> int:
 
 @cli.command()
 @click.option("--port", type=click.IntRange(0, 65535), required=True, help="Port to listen on; 0: a free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--rest-port", type=click.IntRange(0, 65535), default=0, help="Of REST and the control; default: a free one."
+)
+@click.option("--rest-hours", type=click.FloatRange(min=0), default=6, help="Market time that REST knows; 0: none.")
+@click.option("--rest-per-minute", type=click.IntRange(min=0), help="Requests a key may make; default: any number.")
 @click.option("--frames", type=Existing, help="Play this frames file instead of a synthetic market.")
 @click.option("--speed", type=Speed(), default="1", show_default=True, help="Times real time, or max.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the synthetic market.")
 @click.option("--symbols", type=Symbols(), help="Pairs of the synthetic market.")
+@click.option("--pairs", type=click.IntRange(1, 10_000), help="Instead: so many pairs, from busy to nearly asleep.")
 @click.option("--record", type=Writable, help="Append what is sent to this frames file, before sending it.")
 @click.option("--start-ns", type=int, help="Market time to begin at, ns since the epoch; default: 24 h ago.")
-@click.option("--seconds", type=float, help="Stop sending this long after the first subscription.")
+@click.option("--seconds", type=click.FloatRange(min=0), help="Stop sending this long after the first subscription.")
 @click.option("--keys", help="Accept only these API keys, comma separated; default: any.")
-def simulate(
-    port: int,
-    frames: Path | None,
-    speed: float,
-    seed: int,
-    symbols: list[str] | None,
-    record: Path | None,
-    start_ns: int | None,
-    seconds: float | None,
-    keys: str | None,
-) -> int:
+@click.option("--connections-per-key", type=click.IntRange(1), help="One more evicts the oldest; default: any number.")
+@click.option("--backlog-bytes", type=click.IntRange(1), help="Cut a client off that leaves more than this unread.")
+@click.option("--fault", "faults", type=FaultSpec(), multiple=True, help="Let this go wrong; may be repeated.")
+def simulate(symbols: list[str] | None, pairs: int | None, keys: str | None, **options: Any) -> int:
     """A server that speaks the vendor's WebSocket protocol at ws://127.0.0.1:PORT/crypto.
 
     The market's time begins with the first subscription.
+
+    A fault is the wall seconds after that, its kind, and what the kind takes (docs/simulator.md):
+
+    \b
+      --fault 20:drop
+      --fault 20:stall,stream=XT,pair=BTC-USD,seconds=5
+      --fault 20:clock,exchange=23,amount=3600,count=50
+
+    More of them while it runs: POST {"kind": "stall", "seconds": 5} to /control/faults at the REST port.
     """
     from simulator.config import DEFAULT_SYMBOLS, SimulatorConfig
-    from simulator.server import serve
+    from simulator.server import Bound, serve
+    from simulator.symbols import plausible
     from tapedeck.errors import TapedeckError, UsageError
     from tapedeck.shell import Shell, log, run_service
 
+    if symbols and pairs:
+        raise click.UsageError("give either --symbols or --pairs")
     try:
         config = SimulatorConfig(
-            port=port,
-            frames=frames,
-            speed=speed,
-            seed=seed,
-            symbols=tuple(symbols or DEFAULT_SYMBOLS),
-            record=record,
-            start_ns=start_ns,
-            seconds=seconds,
+            symbols=plausible(pairs) if pairs else tuple(symbols or DEFAULT_SYMBOLS),
+            wide=pairs is not None,
             keys=frozenset(filter(None, (keys or "").split(","))),
+            **options,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
 
+    def ready(bound: Bound) -> None:
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        log.info("feed", url=f"ws://{host}:{bound.port}/crypto", rest=f"http://{host}:{bound.rest_port}")
+
     async def run(shell: Shell) -> None:
         try:
-            await serve(config, shell.stopping, lambda bound: log.info("feed", url=f"ws://127.0.0.1:{bound}/crypto"))
+            await serve(config, shell.stopping, ready)
         except (OSError, ValueError) as error:
             raise TapedeckError(f"the simulated feed ends: {error}") from error
 
