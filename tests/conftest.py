@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +25,11 @@ import msgspec
 import pytest
 from pydantic import SecretStr
 
+from bench.market import write_frames
 from schemas import events, topics
 from tapedeck import kafka as kafka_clients
 from tapedeck.embedded import Service, prepare_kafka, prepare_postgres
+from tapedeck.embedded.ports import free_ports
 from tapedeck.settings import Settings
 
 KAFKA_IMAGE = "confluentinc/cp-kafka:7.9.2"
@@ -240,6 +243,59 @@ def spawn(settings: Settings, tmp_path: Path) -> Iterator[Spawn]:
     for process in started:
         process.popen.kill()
         process.popen.wait()
+
+
+RATE = 2_000
+
+
+class Market(NamedTuple):
+    """A simulated feed of 2,000 events/s, what it has sent, and where it takes faults."""
+
+    record: Path
+    url: str
+    control: str
+
+    def events(self) -> int:
+        return self.record.read_bytes().count(b'"ev"') if self.record.exists() else 0
+
+
+@pytest.fixture
+async def market(spawn: Spawn, tmp_path: Path) -> AsyncIterator[Market]:
+    frames, record = tmp_path / "frames.ndjson", tmp_path / "sent.ndjson"
+    write_frames(frames, RATE, 60, per_frame=4)
+    port, rest = free_ports(2)
+    ports = ["--port", str(port), "--rest-port", str(rest)]
+    feed = spawn("simulate", *ports, "--frames", str(frames), "--speed", "1", "--record", str(record))
+    yield Market(record, f"ws://127.0.0.1:{port}/crypto", f"http://127.0.0.1:{rest}/control/faults")
+    assert feed.popen.poll() is None, feed.log.read_text()
+
+
+Produce = Callable[..., Process]
+
+
+@pytest.fixture
+def produce(spawn: Spawn, market: Market) -> Produce:
+    def start(*arguments: str, **others: object) -> Process:
+        return spawn("produce", *arguments, **({"polygon_ws_url": market.url, "symbols": ["*"]} | others))
+
+    return start
+
+
+async def flows(market: Market, seconds: float = 1.0) -> None:
+    """The feed has sent that much more."""
+    before = market.events()
+
+    async def more() -> bool:
+        return market.events() >= before + seconds * RATE
+
+    await until(more, 40)
+
+
+async def stopped(producer: Process) -> None:
+    producer.popen.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert await asyncio.to_thread(producer.ended, 10) == 0, producer.log.read_text()
+    assert time.monotonic() - began < 5
 
 
 def _text(value: Any) -> str:

@@ -4,65 +4,15 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
-from conftest import Process, Servers, Spawn, until
+from conftest import RATE, Market, Produce, Servers, flows, stopped, until
 from scoring import Score, raw_log, score, spans_of
 
-from bench.market import write_frames
 from tapedeck.embedded.ports import free_ports
 from tapedeck.settings import Settings
-
-RATE = 2_000
-
-
-class Market(NamedTuple):
-    """A simulated feed of 2,000 events/s and what it has sent."""
-
-    record: Path
-    url: str
-
-    def events(self) -> int:
-        return self.record.read_bytes().count(b'"ev"') if self.record.exists() else 0
-
-
-@pytest.fixture
-async def market(spawn: Spawn, tmp_path: Path) -> AsyncIterator[Market]:
-    frames, record = tmp_path / "frames.ndjson", tmp_path / "sent.ndjson"
-    write_frames(frames, RATE, 60, per_frame=4)
-    (port,) = free_ports(1)
-    feed = spawn("simulate", "--port", str(port), "--frames", str(frames), "--speed", "1", "--record", str(record))
-    yield Market(record, f"ws://127.0.0.1:{port}/crypto")
-    assert feed.popen.poll() is None, feed.log.read_text()
-
-
-@pytest.fixture
-def produce(spawn: Spawn, market: Market) -> Callable[..., Process]:
-    def start(**others: object) -> Process:
-        return spawn("produce", polygon_ws_url=market.url, symbols=["*"], **others)
-
-    return start
-
-
-async def flows(market: Market, seconds: float = 1.0) -> None:
-    """The feed has sent that much more."""
-    before = market.events()
-
-    async def more() -> bool:
-        return market.events() >= before + seconds * RATE
-
-    await until(more, 40)
-
-
-async def stopped(producer: Process) -> None:
-    producer.popen.send_signal(signal.SIGTERM)
-    began = time.monotonic()
-    assert await asyncio.to_thread(producer.ended, 10) == 0, producer.log.read_text()
-    assert time.monotonic() - began < 5
 
 
 async def result(settings: Settings, market: Market) -> Score:
@@ -88,7 +38,7 @@ async def broker_away(servers: Servers) -> AsyncIterator[None]:
 
 
 async def test_an_outage_of_kafka_loses_reorders_and_doubles_nothing(
-    settings: Settings, servers: Servers, market: Market, produce: Callable[..., Process]
+    settings: Settings, servers: Servers, market: Market, produce: Produce
 ) -> None:
     producer = produce()
     await flows(market)
@@ -103,7 +53,7 @@ async def test_an_outage_of_kafka_loses_reorders_and_doubles_nothing(
 
 
 async def test_killed_in_an_outage_what_was_received_is_sent_by_the_next_and_its_absence_is_marked(
-    settings: Settings, servers: Servers, market: Market, produce: Callable[..., Process]
+    settings: Settings, servers: Servers, market: Market, produce: Produce
 ) -> None:
     producer = produce()
     await flows(market)
@@ -124,7 +74,7 @@ async def test_killed_in_an_outage_what_was_received_is_sent_by_the_next_and_its
 
 
 async def test_an_orderly_stop_in_an_outage_keeps_the_rest_for_the_next_start(
-    settings: Settings, servers: Servers, market: Market, produce: Callable[..., Process]
+    settings: Settings, servers: Servers, market: Market, produce: Produce
 ) -> None:
     producer = produce()
     await flows(market)
@@ -139,7 +89,7 @@ async def test_an_orderly_stop_in_an_outage_keeps_the_rest_for_the_next_start(
 
 
 async def test_one_records_and_the_other_takes_over_when_it_is_killed(
-    settings: Settings, market: Market, produce: Callable[..., Process]
+    settings: Settings, market: Market, produce: Produce
 ) -> None:
     first = produce(journal_dir=settings.journal_dir / "first")
     await flows(market)
@@ -163,7 +113,7 @@ async def test_one_records_and_the_other_takes_over_when_it_is_killed(
 
 
 async def test_a_frozen_one_that_wakes_up_finds_its_place_taken_and_writes_nothing_that_counts(
-    settings: Settings, market: Market, produce: Callable[..., Process]
+    settings: Settings, market: Market, produce: Produce
 ) -> None:
     first = produce(journal_dir=settings.journal_dir / "first")
     await flows(market)
@@ -198,7 +148,7 @@ async def test_a_frozen_one_that_wakes_up_finds_its_place_taken_and_writes_nothi
 
 
 async def test_a_full_journal_says_so_marks_the_gap_and_goes_on(
-    settings: Settings, servers: Servers, market: Market, produce: Callable[..., Process]
+    settings: Settings, servers: Servers, market: Market, produce: Produce
 ) -> None:
     producer = produce(journal_max_bytes=1024**2)
     await flows(market)
@@ -215,7 +165,7 @@ async def test_a_full_journal_says_so_marks_the_gap_and_goes_on(
     assert found.excess_s < 2 * sum(found.gaps.values()), found
 
 
-async def test_its_statistics_are_metrics_too(market: Market, produce: Callable[..., Process]) -> None:
+async def test_its_statistics_are_metrics_too(market: Market, produce: Produce) -> None:
     (port,) = free_ports(1)
     produce(http_port=port)
     await flows(market, 2)

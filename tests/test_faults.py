@@ -1,0 +1,184 @@
+"""Every way the simulator can fail, against the real producer and a real Kafka, scored: what is absent lies in a
+gap that names it, nothing is there twice, and no gap is much longer than what was missed."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from conftest import Market, Produce, flows, stopped, until
+from scoring import Score, raw_log, score, spans_of
+
+from producers import service
+from schemas.raw import RawRecord
+from tapedeck.settings import Settings
+from tapedeck.shell import Shell
+
+EXCESS_S = 2.0  # for each fault
+
+
+async def inject(market: Market, kind: str, **parameters: Any) -> None:
+    async with (
+        aiohttp.ClientSession() as http,
+        http.post(market.control, json={"kind": kind, **parameters}) as response,
+    ):
+        assert response.status == 201, await response.text()
+
+
+async def scored(settings: Settings, market: Market) -> tuple[Score, dict[int, list[RawRecord]]]:
+    log = await raw_log(settings)
+    found = score(market.record, log)
+    assert found.lost == found.repeated == 0, found
+    return found, log
+
+
+CONNECTION = {
+    "drop": {},
+    "close": {"code": 1000},
+    "close 1001": {"code": 1001},
+    "close 1011": {"code": 1011},
+    "slow-consumer": {},
+    "away": {"seconds": 1},
+    "auth-timeout": {"count": 1},
+    "huge": {},
+}
+
+
+async def test_a_lost_connection_however_it_ends_is_back_within_two_seconds(
+    settings: Settings, market: Market, produce: Produce
+) -> None:
+    producer = produce(streams=["XT", "XQ"])
+    await flows(market)
+    for kind, parameters in CONNECTION.items():
+        if kind == "auth-timeout":
+            await inject(market, kind, **parameters)
+            kind, parameters = "drop", {}
+        connects = producer.log.read_text().count('"subscribed"')
+        await inject(market, kind.split()[0], **parameters)
+
+        async def back(before: int = connects) -> bool:
+            return producer.log.read_text().count('"subscribed"') > before
+
+        await until(back, 30)
+        await flows(market, 0.5)
+    await stopped(producer)
+    found, _ = await scored(settings, market)
+    assert set(found.gaps) == {"reconnect"}
+    assert found.in_gaps > 0
+    assert found.excess_s < EXCESS_S * len(CONNECTION), found
+
+
+@pytest.mark.parametrize("fault", [{}, {"stream": "XT"}, {"stream": "XQ"}, "half-open"])
+async def test_a_feed_that_lies_about_being_alive_is_found_out(
+    settings: Settings, market: Market, produce: Produce, fault: Any
+) -> None:
+    producer = produce(streams=["XT", "XQ"], feed_usual_s=1)
+    await flows(market, 3)
+    if fault == "half-open":
+        await inject(market, "half-open", seconds=4)
+    else:
+        await inject(market, "stall", seconds=3, **fault)
+    await flows(market, 5)
+    await stopped(producer)
+    found, log = await scored(settings, market)
+    assert "stall" in found.gaps
+    stalls = [span for span in spans_of(log)[0] if span.reason == "stall"]
+    wanted = {"XT", "XQ"} if fault == "half-open" else {fault.get("stream", "XT"), fault.get("stream", "XQ")}
+    assert stalls[0].streams == wanted
+    assert found.excess_s < EXCESS_S, found
+
+
+async def test_bytes_that_are_no_events_and_frames_that_come_twice_cost_nothing(
+    settings: Settings, market: Market, produce: Produce
+) -> None:
+    producer = produce(streams=["XT", "XQ"])
+    await flows(market)
+    for kind in ("malformed", "not-array", "truncated", "duplicate"):
+        await inject(market, kind, count=3)
+        await flows(market, 0.5)
+    await stopped(producer)
+    found, log = await scored(settings, market)
+    assert found.gaps == {}
+    assert sum(record.kind == "bad" for records in log.values() for record in records) == 9
+    assert found.sent == found.logged + found.in_gaps
+
+
+async def test_a_vendors_clock_that_jumps_ahead_moves_nothing(
+    settings: Settings, market: Market, produce: Produce
+) -> None:
+    producer = produce(streams=["XT", "XQ"])
+    await flows(market, 2)
+    await inject(market, "clock", amount=86400 * 365, count=1)
+    await flows(market)
+    await inject(market, "clock", amount=3600, exchange=2, count=40)
+    await flows(market, 4)
+    await stopped(producer)
+    found, log = await scored(settings, market)
+    assert found.gaps == {}
+    stamps = [record.timestamp_ms for records in log.values() for record in records]
+    assert max(stamps) - min(stamps) < 60_000
+
+
+async def test_a_key_that_is_refused_later_ends_it_with_exit_2(market: Market, produce: Produce) -> None:
+    producer = produce()
+    await flows(market)
+    await inject(market, "auth-failed")
+    await inject(market, "drop")
+    assert await asyncio.to_thread(producer.ended, 20) == 2
+    assert "refused the key" in producer.log.read_text()
+
+
+async def test_a_refused_channel_is_named_and_the_others_flow(
+    settings: Settings, market: Market, produce: Produce
+) -> None:
+    await inject(market, "refuse", stream="XQ")
+    producer = produce()
+    await flows(market, 0.5)
+    await stopped(producer)
+    assert '"refused": ["XQ.*"]' in producer.log.read_text()
+    kinds = {part[:9] for records in (await raw_log(settings)).values() for r in records for part in [r.value[1:10]]}
+    assert b'{"ev":"XT' in kinds
+    assert b'{"ev":"XQ' not in kinds
+
+
+async def test_evicted_it_rests_and_explains_and_a_silent_pair_is_named(
+    settings: Settings, market: Market, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(service, "EVICTED_REST_S", 1.5)
+    monkeypatch.setattr(service, "STATISTICS_S", 1.0)
+    wanted = {"polygon_ws_url": market.url, "symbols": ["BTC-USD", "NOP-USD"], "streams": ["XT", "XQ"]}
+    shell = Shell(settings.model_copy(update=wanted), "produce")
+    running = asyncio.create_task(service.run(shell))
+    await flows(market, 0.2)
+    await asyncio.sleep(1.5)
+    began = time.monotonic()
+    await inject(market, "evict")
+
+    async def gone() -> bool:
+        return bool(shell.health["feed"])
+
+    async def back() -> bool:
+        return not shell.health["feed"]
+
+    await until(gone)
+    await until(back)
+    assert time.monotonic() - began > 1.5
+    shell.stopping.set()
+    await asyncio.wait_for(running, 10)
+    said = capsys.readouterr()
+    assert "another client uses this key" in said.out + said.err
+    assert "XQ.NOP-USD" in said.out + said.err
+    assert "XT.BTC-USD" not in (said.out + said.err).split("never delivered")[1].splitlines()[0]
+
+
+async def test_a_dry_run_prints_ten_events_and_needs_no_kafka(market: Market, produce: Produce, tmp_path: Path) -> None:
+    done = produce("--dry-run", kafka_bootstrap_servers="127.0.0.1:1")
+    assert await asyncio.to_thread(done.ended, 20) == 0
+    lines = done.log.read_text().splitlines()
+    assert sum(line.startswith('{"ev":') for line in lines) == 10
+    assert any(line.startswith("subscribed to 3 of 3 channels") for line in lines)
+    await inject(market, "auth-failed", count=1)
+    refused = produce("--dry-run")
+    assert await asyncio.to_thread(refused.ended, 20) == 2
