@@ -368,7 +368,7 @@ class TestControl:
         assert (state["clients"], [fault["state"] for fault in state["faults"]]) == (1, ["over"])
         begin, end = feed.noted()
         assert (begin["event"], end["event"]) == ("begin", "end")
-        assert begin["kind"], begin["label"] == ("stall", "hush")
+        assert (begin["kind"], begin["label"]) == ("stall", "hush")
         assert begin["stream"] == "XT"
         assert 0.2e9 <= end["wall_ns"] - begin["wall_ns"] < 2e9
         assert START_NS < begin["clock_ns"] < end["clock_ns"]
