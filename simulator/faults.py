@@ -9,6 +9,7 @@ import msgspec
 from websockets.exceptions import ProtocolError
 from websockets.frames import Close
 
+from schemas import wire
 from simulator.frame import Topic
 
 _LASTING = {"seconds": None, "count": None}
@@ -91,6 +92,12 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ValueError("count must be at least 1")
         if not math.isfinite(self.amount or 0) or (self.kind in ("huge", "rest-slow") and (self.amount or 0) <= 0):
             raise ValueError("amount must be finite, and above 0 for a size or a delay")
+        if self.kind == "spike" and (self.amount or 0) <= -100:
+            raise ValueError("amount must be above -100: a price is above 0")
+        if self.stream is not None and self.stream not in wire.STREAMS:
+            raise ValueError(f"stream must be one of {', '.join(wire.STREAMS)}")
+        if self.pair not in (None, "*"):
+            msgspec.structs.force_setattr(self, "pair", wire.symbol_of(self.pair))
         if self.kind == "close":
             _check_close_code(self.code or 0)
         if self.kind == "rest-error" and self.code not in REST_CODES:

@@ -119,8 +119,8 @@ class Injector:
 
     async def _be_away(self, incident: Incident) -> None:
         self._connections.drop()
-        await self._listener.shut()
         try:
+            await self._listener.shut()
             await incident.spent.wait()
         finally:
             await self._listener.open()

@@ -144,18 +144,18 @@ class TestConnections:
     async def test_half_open_answers_nothing_not_even_a_ping(self, simulate: Any) -> None:
         feed = await simulate()
         async with client(feed) as connection:
-            await feed.fault("half-open", seconds=0.4)
+            fault = await feed.fault("half-open", seconds=60)
             await receive_for(connection, 0.05)  # what was under way
             pong = await connection.ping()
             assert await receive_for(connection, 0.2) == []
             assert not pong.done()
             with pytest.raises(TimeoutError):
                 await connect(feed.url, open_timeout=0.1)
-            await asyncio.sleep(0.2)
-            assert not pong.done()
+            await feed.end(fault["label"])
             async with client(feed) as second:  # it is over for those who come now, never for the first
                 assert await receive(second)
                 assert await receive_for(connection, 0.1) == []
+                assert not pong.done()
         assert {0, 1} <= events_of(feed.lines(), "XT")
 
     @pytest.mark.parametrize("code", [1000, 1001, 1011, 4321])
@@ -198,11 +198,11 @@ class TestConnections:
     async def test_away_refuses_connections_then_takes_them_at_the_same_port(self, simulate: Any) -> None:
         feed = await simulate()
         async with client(feed) as connection:
-            await feed.fault("away", seconds=0.3)
+            fault = await feed.fault("away", seconds=60)
             assert await closed(connection) == (None, [])
             with pytest.raises(ConnectionRefusedError):
                 await connect(feed.url)
-        await asyncio.sleep(0.4)
+        await feed.end(fault["label"])
         async with client(feed) as connection:
             assert await receive(connection)
         assert 0 in events_of(feed.lines(), "XQ")  # the market went on
@@ -355,22 +355,22 @@ class TestControl:
         async with client(feed) as connection:
             began = time.monotonic()
             assert await closed(connection) == (1011, [])
-            assert 0.2 < time.monotonic() - began < 0.6
+            assert 0.2 < time.monotonic() - began < 2
 
     async def test_begin_and_end_are_noted_beside_the_record(self, simulate: Any) -> None:
         feed = await simulate()
         async with client(feed) as connection:
             await receive(connection)
-            await feed.fault("stall", stream="XT", seconds=0.2, label="hush")
-            assert [fault["state"] for fault in (await feed.state())["faults"]] == ["active"]
-            await receive_for(connection, 0.3)
+            assert (await feed.fault("stall", stream="XT", seconds=0.2, label="hush"))["state"] == "active"
+            while not await receive_for(connection, 0.05) or len(feed.noted()) < 2:
+                pass
             state = await feed.state()
         assert (state["clients"], [fault["state"] for fault in state["faults"]]) == (1, ["over"])
         begin, end = feed.noted()
         assert (begin["event"], end["event"]) == ("begin", "end")
-        assert begin["kind"], begin["label"] == ("stall", "hush")
+        assert (begin["kind"], begin["label"]) == ("stall", "hush")
         assert begin["stream"] == "XT"
-        assert 0.2e9 <= end["wall_ns"] - begin["wall_ns"] < 0.3e9
+        assert 0.2e9 <= end["wall_ns"] - begin["wall_ns"] < 2e9
         assert START_NS < begin["clock_ns"] < end["clock_ns"]
         assert all("frame" in line for line in feed.lines())
 
@@ -395,6 +395,9 @@ class TestControl:
             (b'{"kind":"stall","seconds":-1}', "seconds must not be below 0"),
             (b'{"kind":"huge","amount":0}', "amount must be finite, and above 0"),
             (b'{"kind":"clock","count":0}', "count must be at least 1"),
+            (b'{"kind":"spike","amount":-100}', "above -100"),
+            (b'{"kind":"stall","stream":"XY"}', "stream must be one of"),
+            (b'{"kind":"stall","pair":"B%C"}', "'B%C' is not a currency pair"),
             (b'{"kind":"close","code":1006}', "1006 is no code"),
             (b'{"kind":"rest-error","code":200}', "code must be one of"),
         ],
@@ -416,7 +419,8 @@ class TestControl:
             parse(text)
 
     def test_the_command_lines_form_has_everything(self) -> None:
-        assert parse("20:stall,stream=XT,seconds=5") == Fault(kind="stall", at_s=20, stream="XT", seconds=5)
+        fault = Fault(kind="stall", at_s=20, stream="XT", pair="BTC-USD", seconds=5)
+        assert parse("20:stall,stream=XT,pair=X:BTCUSD,seconds=5") == fault
 
 
 class TestRecord:
