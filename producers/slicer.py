@@ -98,6 +98,7 @@ class Slicer:
         self._connected = False
         self._rhythms = {stream: Rhythm(settings.usual_ns) for stream in self._streams}
         self._heard_at: dict[str, int | None] = {}  # the clock when a stream was last heard
+        self._unproven: set[str] = set()  # streams that stalled and have not delivered since
         self._out: list[RawRecord] = []
         since: list[int | None] = [None] * PARTITIONS
         if resume:
@@ -131,8 +132,10 @@ class Slicer:
             return
         groups: dict[tuple[str, int | None], list[str]] = {}
         for stream, rhythm in self._rhythms.items():
-            since = self._heard_at.get(stream) if rhythm.suspect(now) else self._proven
-            groups.setdefault(("stall" if stream in stalled else reason, since), []).append(stream)
+            doubted = stream in self._unproven
+            since = self._heard_at.get(stream) if doubted or rhythm.suspect(now) else self._proven
+            groups.setdefault(("stall" if doubted or stream in stalled else reason, since), []).append(stream)
+        self._unproven.clear()
         # Trades first: a gap is a tick, and what closes at it must know of the gap.
         for (why, since), streams in sorted(groups.items(), key=lambda group: "XT" not in group[1]):
             self._gaps.append(_Pending(why, streams, [since] * PARTITIONS))
@@ -228,9 +231,21 @@ class Slicer:
             for partition, since in enumerate(gap.since):
                 reason = "start" if since is None else gap.reason
                 self._emit_gap(partition, gap.streams, since, clock, reason, claims[-1].recv)
-        for stream in self._streams:
-            self._heard_at[stream] = clock
+        delivered = {item.head.ev for item, _ in self._held if item.head is not None}
+        for gap in gaps:
+            if gap.reason == "stall":
+                self._unproven |= set(gap.streams) - delivered
+        self._heard_at = dict.fromkeys(self._streams, clock)
         return True
+
+    def _prove(self, stream: str, now: int) -> None:
+        """A stream that had stalled delivers again: connecting anew had not mended it before."""
+        self._unproven.discard(stream)
+        for partition in list(self._open):
+            self._close(partition)
+        since, until = self._heard_at[stream], self.clock.now
+        for partition in range(PARTITIONS):
+            self._emit_gap(partition, [stream], since, until, "stall", now)
 
     def _first_belief(self, claims: list[Claim], now: int, waited: bool) -> Claim | None:
         """The first claim to be believed; None: there is none, or it is too early to say."""
@@ -247,6 +262,8 @@ class Slicer:
             self._close(0)
             self._emit(0, "bad", [(recv, 1)], item.data)
             return
+        if item.head.ev in self._unproven:
+            self._prove(item.head.ev, recv)
         partition = partition_of(item.head.pair)
         piece = self._open.get(partition)
         if piece is not None and piece.bytes + len(item.data) + 1 > self._settings.max_bytes:

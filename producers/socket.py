@@ -7,7 +7,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from schemas import topics
 from tapedeck.settings import Settings
 
-ANSWER_TIMEOUT_S = 15.0  # for connecting, authentication and subscriptions
+ANSWER_TIMEOUT_S = 10.0  # for connecting, authentication and subscriptions
 QUEUE_FRAMES = 1024  # received and not yet read; beyond it, TCP makes the vendor wait
 
 

@@ -266,6 +266,11 @@ async def market(spawn: Spawn, tmp_path: Path) -> AsyncIterator[Market]:
     port, rest = free_ports(2)
     ports = ["--port", str(port), "--rest-port", str(rest)]
     feed = spawn("simulate", *ports, "--frames", str(frames), "--speed", "1", "--record", str(record))
+
+    async def ready() -> bool:
+        return '"event": "feed"' in feed.log.read_text()
+
+    await until(ready)
     yield Market(record, f"ws://127.0.0.1:{port}/crypto", f"http://127.0.0.1:{rest}/control/faults")
     assert feed.popen.poll() is None, feed.log.read_text()
 

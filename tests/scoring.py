@@ -21,11 +21,11 @@ SLACK_NS = 50 * NS_PER_MS  # the feed's clock is the market's, the log's is the 
 
 
 class SentLine(msgspec.Struct):
-    """A line of the feed's record; `clock_ns` is the market's time when it was sent. Injected bytes that are no
-    events stand in base64 and are not looked at."""
+    """A line of the feed's record; `clock_ns` is the market's time when it was sent."""
 
     clock_ns: int
-    frame: msgspec.Raw = msgspec.Raw(b"[]")
+    frame: msgspec.Raw = msgspec.Raw()
+    base64: bytes = b""  # bytes that are no JSON array; events may be salvaged from them
 
 
 class Span(NamedTuple):
@@ -138,7 +138,7 @@ def _sent(record: Path) -> Iterable[tuple[int, bytes, wire.Head]]:
             if not line.endswith(b"\n"):
                 continue  # torn by a kill, and so never sent
             sent = decode(line)
-            for item in split_frame(bytes(sent.frame)):
+            for item in split_frame(bytes(sent.frame) or sent.base64):
                 if item.head is not None and item.head.ev in wire.STREAMS:
                     yield sent.clock_ns, item.data, item.head
 
