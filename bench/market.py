@@ -4,11 +4,10 @@ import random
 from pathlib import Path
 
 PAIRS = [f"{base}-USD" for base in ("BTC", "ETH", "SOL", "XRP", "ADA", "DOGE", "DOT", "LTC", "LINK", "UNI")]
-MINUTE_MS = 1_723_161_240_000
-BEGIN_MS = MINUTE_MS + 48_000  # a run of seconds sees a minute end
+BEGIN_MS = 1_723_161_240_000 + 48_000  # a run of seconds sees a minute end
 
 
-def write_frames(path: Path, rate: int, seconds: float, per_frame: int = 1) -> int:
+def write_frames(path: Path, rate: int, seconds: float, per_frame: int = 1, begin_ms: int = BEGIN_MS) -> int:
     """Trades and quotes 1:3 and minute aggregates, `rate` events/s for `seconds`, pairs weighted 1/rank.
 
     Returns the number of events.
@@ -16,10 +15,10 @@ def write_frames(path: Path, rate: int, seconds: float, per_frame: int = 1) -> i
     rng = random.Random(rate)
     weights = [1 / (rank + 1) for rank in range(len(PAIRS))]
     total = int(rate * seconds)
-    events, minutes = [], 0
+    events, minutes, minute_ms = [], 0, begin_ms - begin_ms % 60_000
     with path.open("w") as file:
         for number in range(total):
-            ms = BEGIN_MS + number * 1000 // rate
+            ms = begin_ms + number * 1000 // rate
             rank = rng.choices(range(len(PAIRS)), weights)[0]
             pair, price = PAIRS[rank], round(60000 / (rank + 1) ** 2 + rng.uniform(-9, 9), 2)
             if number % 4 == 0:
@@ -35,9 +34,9 @@ def write_frames(path: Path, rate: int, seconds: float, per_frame: int = 1) -> i
                     f'"as":2.25,"t":{ms},"x":1,"r":{ms + 20}}}'
                 )
             events.append(text)
-            if (ms - MINUTE_MS) // 60_000 > minutes or number == total // 2:
-                start = MINUTE_MS + minutes * 60_000
-                minutes = max(minutes, (ms - MINUTE_MS) // 60_000)
+            if (ms - minute_ms) // 60_000 > minutes or number == total // 2:
+                start = minute_ms + minutes * 60_000
+                minutes = max(minutes, (ms - minute_ms) // 60_000)
                 events.append(
                     f'{{"ev":"XA","pair":"{pair}","o":1,"h":2,"l":1,"c":2,"v":3,"vw":1.5,"z":1,'
                     f'"s":{start},"e":{start + 60_000}}}'

@@ -43,7 +43,6 @@ class FeedClock:
         self.now: int | None = resume[0] if resume else None
         self._highest = self._last = resume
         self._ahead: dict[int, deque[int]] = {}  # of its receive time, by exchange, its latest events
-        self._heard = 0
         self._leader: int | None = None
 
     def heard(self, claim: Claim) -> None:
@@ -55,14 +54,12 @@ class FeedClock:
             ahead = self._ahead[claim.exchange] = deque(maxlen=USUAL_EVENTS)
         if claim.ts is not None:
             ahead.append(claim.ts - claim.recv)
-            self._heard += 1
-            if self._heard % USUAL_EVENTS == 0:
-                self._leader = self._find_leader()
 
-    def _find_leader(self) -> int | None:
+    def find_leader(self) -> None:
+        """Looks anew which exchange leads all others; once in a while is often enough."""
         usual = ((median_low(ahead), x) for x, ahead in self._ahead.items() if len(ahead) >= USUAL_EVENTS // 2)
         first, second, *_ = [*sorted(usual, reverse=True), None, None]
-        return first[1] if first and second and first[0] > second[0] + LEAD_NS else None
+        self._leader = first[1] if first and second and first[0] > second[0] + LEAD_NS else None
 
     def leads(self, claim: Claim) -> bool:
         """Whether the claim comes from an exchange whose clock is usually fast: true enough, but it must not
@@ -81,6 +78,27 @@ class FeedClock:
         assert claim.ts is not None
         ts, recv = self._highest
         return claim.ts <= ts + max(0, claim.recv - recv) + AHEAD_NS
+
+    def accept(self, ts: int, exchange: int | None, recv: int) -> int | None:
+        """Hears and believes a claim that is in bounds; returns what the clock should be moved to. None: it is
+        not in bounds, and nothing was done. The short way of `heard`, `in_bounds` and `believe`."""
+        highest, now = self._highest, self.now
+        if highest is None or now is None:
+            return None
+        since = recv - highest[1]
+        if ts > highest[0] + (since if since > 0 else 0) + AHEAD_NS or ts > recv + WALL_AHEAD_NS:
+            return None
+        if exchange is not None:
+            ahead = self._ahead.get(exchange)
+            if ahead is None:
+                ahead = self._ahead[exchange] = deque(maxlen=USUAL_EVENTS)
+            ahead.append(ts - recv)
+            if exchange == self._leader:
+                return now
+        self._last = (ts, recv)
+        if ts > highest[0]:
+            self._highest = self._last
+        return ts if ts > now else now
 
     def verdict(self, claim: Claim, later: Sequence[Claim], now: int) -> bool | None:
         """Whether to believe a claim, given the claims that came after it; None: too early to say.
@@ -132,6 +150,10 @@ class FeedClock:
         if self._highest is None or claim.ts > self._highest[0]:
             self._highest = self._last
         return max(self.now or 0, claim.ts)
+
+    def may_idle(self, now: int) -> bool:
+        """Whether it is so long since the last believed event that an idle clock could move."""
+        return self._last is not None and now - self._last[1] > MARGIN_NS
 
     def idle(self, now: int) -> int | None:
         """What an idle but living feed moves the clock to at receive time `now`."""

@@ -21,7 +21,7 @@ from producers.protocol import AuthFailed, Evicted, Protocol, Refused, SessionEr
 from producers.resume import LogEnd, read_log_end
 from producers.slicer import Resume, Slicer, SlicerSettings
 from producers.socket import ANSWER_TIMEOUT_S, open_socket
-from schemas import topics, wire
+from schemas import topics
 from schemas.events import NS_PER_S
 from schemas.frames import Frame, frame_line
 from schemas.raw import RawRecord
@@ -40,6 +40,8 @@ EVICTED_REST_S = 60.0  # two clients that evict each other must not do it faster
 STOP_S = 2.5  # an orderly stop waits this long for Kafka to take the rest; then it stays in the journal
 GOOD_AFTER_S = 60.0  # the backoff starts anew only when data has flowed this long
 STATISTICS_S = 60.0
+MEASURE_S = 0.25
+NEVER = 2**63
 ROOM_S = 1.0  # a full journal is tried again this often
 
 
@@ -70,11 +72,15 @@ class Producer:
         self._full = False
         self._try_again_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._wakes_at = NEVER
+        self._linger_ns = self._settings.linger_ns
+        self._frames = 0
         self._now = 0
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._data_since: float | None = None
         self._silent: set[tuple[str, str]] = set()
-        self._counts: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()  # errors and connects
+        self._events: Counter[str] = Counter()  # of slicers before this one
 
     async def run(self, lease: Lease) -> None:
         """Until stopped or the lease is lost. Raises UsageError when the key or all subscriptions are refused."""
@@ -90,7 +96,8 @@ class Producer:
             log.info("recording", epoch=self._slicer.epoch, streams=self._streams, pairs=self._pairs)
             reading = asyncio.create_task(self._read())
             lost = asyncio.create_task(_wait(lease.lost))
-            tasks += [reading, lost, asyncio.create_task(self._raise()), asyncio.create_task(self._tell())]
+            tasks += [reading, lost, asyncio.create_task(self._raise())]
+            tasks += [asyncio.create_task(self._tell()), asyncio.create_task(self._measure())]
             await self._shell.until_stopped(*tasks)
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
@@ -230,12 +237,7 @@ class Producer:
             await socket.send(message, text=True)
         if not items:
             return
-        metrics.FRAMES.inc()
-        metrics.LAST_EVENT.set(now / NS_PER_S)
-        counts = Counter(item.head.ev if item.head else "bad" for item in items)
-        for stream, count in counts.items():
-            metrics.FEED_EVENTS.labels(stream if stream in wire.STREAMS else "other").inc(count)
-        self._counts += counts
+        self._frames += 1
         if self._silent:
             self._silent -= {(item.head.ev, item.head.pair) for item in items if item.head}
         if self._data_since is None:
@@ -266,23 +268,27 @@ class Producer:
     # -- records -----------------------------------------------------------------------------------
 
     def _pump(self) -> None:
-        """Takes the slicer's records and wakes it when it next has something to do."""
+        """Takes the slicer's records, and sees to it that it is woken when it next has something to do: at the
+        latest when an event that just came has lingered. Being woken too early costs little."""
         self._append()
-        if self._slicer.clock.now is not None:
-            metrics.FEED_CLOCK.set(self._slicer.clock.now / NS_PER_S)
-        due = self._slicer.deadline()
+        if self._wakes_at > self._now + self._linger_ns:
+            self._wake_at(self._now + self._linger_ns)
+
+    def _wake_at(self, due: int) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
-        if due is not None:
-            delay = max(0, due - self._clock()) / NS_PER_S
-            self._timer = asyncio.get_running_loop().call_later(delay, self._due)
+        self._wakes_at = due
+        delay = max(0, due - time.time_ns()) / NS_PER_S
+        self._timer = asyncio.get_running_loop().call_later(delay, self._due)
 
     def _due(self) -> None:
-        self._timer = None
+        self._timer, self._wakes_at = None, NEVER
         try:
             self._slicer.advance(self._clock())
-            self._pump()
+            self._append()
+            due = self._slicer.deadline()
+            if due is not None:
+                self._wake_at(due)
         except Exception as error:
             self._failed.set_exception(error)
 
@@ -315,6 +321,7 @@ class Producer:
             self._tail.epoch, self._tail.clock_ms, self._tail.recv_ns, self._tail.last_ms, "journal"
         )
         connected = self._shell.health.get("feed") is None
+        self._events += self._slicer.counts
         self._slicer = self._new_slicer(resume)
         if connected:
             self._slicer.connected(self._clock())
@@ -357,25 +364,40 @@ class Producer:
             self._journal.acknowledge()
             for kind, count in Counter(record.kind for record in records).items():
                 metrics.PUBLISHED.labels(kind).inc(count)
-            metrics.JOURNAL.set(len(self._journal))
-            metrics.JOURNAL_BYTES.set(self._journal.size)
 
     # -- telling -----------------------------------------------------------------------------------
+
+    async def _measure(self) -> None:
+        """Metrics, at intervals: set for each frame they would cost as much as the frame."""
+        frames, seen = 0, Counter[str]()
+        while True:
+            metrics.FRAMES.inc(self._frames - frames)
+            if self._frames > frames:
+                metrics.LAST_EVENT.set(self._now / NS_PER_S)
+            frames = self._frames
+            events = self._events + self._slicer.counts
+            for stream, count in (events - seen).items():
+                metrics.FEED_EVENTS.labels(stream).inc(count)
+            seen = events
+            if self._slicer.clock.now is not None:
+                metrics.FEED_CLOCK.set(self._slicer.clock.now / NS_PER_S)
+            metrics.JOURNAL.set(len(self._journal))
+            metrics.JOURNAL_BYTES.set(self._journal.size)
+            await asyncio.sleep(MEASURE_S)
 
     async def _tell(self) -> None:
         """Statistics each minute, and the channels that were acknowledged but have never delivered."""
         began = time.monotonic()
         told: set[tuple[str, str]] = set()
         while True:
-            before = self._counts.copy()
+            before = self._events + self._slicer.counts
             await asyncio.sleep(STATISTICS_S)
-            counts = self._counts
-            events = {stream: counts[stream] for stream in self._streams}
-            fresh = sum(events.values()) - sum(before[stream] for stream in self._streams)
+            counts, events = self._counts, self._events + self._slicer.counts
+            fresh = events.total() - before.total()
             log.info(
                 "statistics",
                 uptime_s=round(time.monotonic() - began),
-                events=events,
+                events=dict(events),
                 events_per_s=round(fresh / STATISTICS_S, 1),
                 last_event_age_s=round((time.time_ns() - self._now) / NS_PER_S, 1) if self._now else None,
                 errors=counts["errors"],

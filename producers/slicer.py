@@ -5,7 +5,7 @@ record's timestamp. Bytes and receive times go in; records come out of `take()` 
 """
 
 import contextlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from producers.split import Item
 from schemas.events import NS_PER_MS, NS_PER_S
 from schemas.raw import GapValue, RawRecord, Runs, TickValue
 from schemas.topics import PARTITIONS
-from schemas.wire import symbol_of
+from schemas.wire import Head, symbol_of
 
 
 class SlicerSettings(msgspec.Struct, frozen=True):
@@ -75,6 +75,13 @@ def partition_of(pair: str) -> int:
     return (murmur2(pair.encode()) & 0x7FFFFFFF) % PARTITIONS if pair else 0
 
 
+def _claim(head: Head | None, recv: int) -> Claim:
+    if head is None:
+        return Claim(None, None, "", recv)
+    ms = head.time_ms
+    return Claim(None if ms is None else ms * NS_PER_MS, head.x, head.pair, recv, head.ev in LAGGING)
+
+
 class Slicer:
     """One producer epoch of the raw log. All times are receive times in ns, never decreasing."""
 
@@ -92,6 +99,7 @@ class Slicer:
         self._proven = self.clock.now
         self._numbers = [0] * PARTITIONS
         self._open: dict[int, _Slice] = {}
+        self._lingers_until = 0  # when the oldest open slice is due, or earlier
         self._held: deque[tuple[Item, Claim]] = deque()
         self._settles_at: int | None = None
         self._now = 0
@@ -99,6 +107,8 @@ class Slicer:
         self._rhythms = {stream: Rhythm(settings.usual_ns) for stream in self._streams}
         self._heard_at: dict[str, int | None] = {}  # the clock when a stream was last heard
         self._unproven: set[str] = set()  # streams that stalled and have not delivered since
+        self.counts: Counter[str] = Counter()
+        """Events so far, by subscribed stream; all else is `other`."""
         self._out: list[RawRecord] = []
         since: list[int | None] = [None] * PARTITIONS
         if resume:
@@ -150,29 +160,33 @@ class Slicer:
     def frame(self, items: list[Item], recv: int) -> None:
         """The events of one frame, in order."""
         self.advance(recv)
-        heard = self._rhythms.keys() & {item.head.ev for item in items if item.head is not None}
-        for stream in heard:
-            self._rhythms[stream].heard(recv)
+        heard: dict[str, int] = {}
+        for item in items:
+            ev = "bad" if item.head is None else item.head.ev
+            heard[ev] = heard.get(ev, 0) + 1
+        for ev, count in heard.items():
+            rhythm = self._rhythms.get(ev)
+            if rhythm is not None:
+                rhythm.heard(recv)
+            self.counts[ev if rhythm is not None else "other"] += count
+        clock = self.clock
         for item in items:
             head = item.head
-            if head is None:
-                claim = Claim(None, None, "", recv)
-            else:
-                time_ms = head.time_ms
-                ts = None if time_ms is None else time_ms * NS_PER_MS
-                claim = Claim(ts, head.x, head.pair, recv, head.ev in LAGGING)
-                self.clock.heard(claim)
-            if self._held or self._gaps:
-                self._hold(item, claim)
-            elif claim.ts is None:
-                self._append(item, recv)
-            elif self.clock.in_bounds(claim):
-                self._move(self.clock.believe(claim), recv)
-                self._append(item, recv)
-            else:
-                self._hold(item, claim)
-        for stream in heard:
-            self._heard_at[stream] = self.clock.now
+            if not self._held and not self._gaps:
+                if head is None or (ms := head.time_ms) is None:
+                    self._append(item, recv)
+                    continue
+                to = clock.accept(ms * NS_PER_MS, head.x, recv)
+                if to is not None:
+                    if to != clock.now:
+                        self._move(to, recv)
+                    self._append(item, recv)
+                    continue
+            claim = _claim(head, recv)
+            clock.heard(claim)
+            self._hold(item, claim)
+        for stream in heard.keys() & self._rhythms.keys():
+            self._heard_at[stream] = clock.now
         if not self._held:
             self._proven = self.clock.now
 
@@ -258,25 +272,30 @@ class Slicer:
         return self.clock.majority(claims) if waited and self.clock.now is None else None
 
     def _append(self, item: Item, recv: int) -> None:
-        if item.head is None:
+        head = item.head
+        if head is None:
             self._close(0)
             self._emit(0, "bad", [(recv, 1)], item.data)
             return
-        if item.head.ev in self._unproven:
-            self._prove(item.head.ev, recv)
-        partition = partition_of(item.head.pair)
+        if self._unproven and head.ev in self._unproven:
+            self._prove(head.ev, recv)
+        partition = partition_of(head.pair)
         piece = self._open.get(partition)
-        if piece is not None and piece.bytes + len(item.data) + 1 > self._settings.max_bytes:
+        size = len(item.data) + 1
+        if piece is not None and piece.bytes + size > self._settings.max_bytes:
             self._close(partition)
             piece = None
         if piece is None:
+            if not self._open:
+                self._lingers_until = recv + self._settings.linger_ns
             piece = self._open[partition] = _Slice(recv)
         piece.parts.append(item.data)
-        piece.bytes += len(item.data) + 1
-        if piece.runs and piece.runs[-1][0] == recv:
-            piece.runs[-1][1] += 1
+        piece.bytes += size
+        runs = piece.runs
+        if runs and runs[-1][0] == recv:
+            runs[-1][1] += 1
         else:
-            piece.runs.append([recv, 1])
+            runs.append([recv, 1])
         if len(piece.parts) >= self._settings.max_events:
             self._close(partition)
 
@@ -287,13 +306,17 @@ class Slicer:
         self._now = now
         if self._held:
             self._release(now)
-        for partition in [p for p, s in self._open.items() if now - s.opened >= self._settings.linger_ns]:
-            self._close(partition)
-        alive_until = self._alive_until()
-        if alive_until is not None:
-            idle = self.clock.idle(min(now, alive_until))
-            if idle is not None:
-                self._move(idle, now)
+        if self._open and now >= self._lingers_until:
+            for partition in [p for p, s in self._open.items() if now - s.opened >= self._settings.linger_ns]:
+                self._close(partition)
+            opened = min((s.opened for s in self._open.values()), default=now)
+            self._lingers_until = opened + self._settings.linger_ns
+        if self.clock.may_idle(now):
+            alive_until = self._alive_until()
+            if alive_until is not None:
+                idle = self.clock.idle(min(now, alive_until))
+                if idle is not None:
+                    self._move(idle, now)
 
     def deadline(self) -> int | None:
         """The receive time at which `advance` next has something to do, if nothing comes before."""
@@ -325,6 +348,7 @@ class Slicer:
             for partition in list(self._open):
                 self._close(partition)
             self.clock.now = second
+            self.clock.find_leader()
             fresh = sorted(stream for stream, rhythm in self._rhythms.items() if rhythm.fresh(now))
             value = msgspec.json.encode(TickValue(fresh))
             for partition in range(PARTITIONS):

@@ -1,14 +1,13 @@
 """A WebSocket frame cut into its events, each with its own untouched bytes. Pure."""
 
 import re
-from typing import NamedTuple
 
 import msgspec
 
 from schemas import wire
 
 
-class Item(NamedTuple):
+class Item(msgspec.Struct, frozen=True, gc=False):
     """One event of a frame; `head` is None for bytes that are not JSON, or nested too deep."""
 
     data: bytes
@@ -38,7 +37,7 @@ def split_frame(data: bytes) -> list[Item]:
     if _openings(data) > len(parts) + wire.MAX_DEPTH and any(_openings(bytes(p)) > wire.MAX_DEPTH for p in parts):
         return _salvage(data)
     try:
-        return [Item(bytes(part), head) for part, head in zip(parts, wire.decode_heads(data), strict=True)]
+        return list(map(Item, map(bytes, parts), wire.decode_heads(data)))
     except wire.DECODE_ERRORS:
         return [Item(bytes(part), _head(part)) for part in parts]
 

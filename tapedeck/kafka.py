@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import structlog
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition, codec
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
@@ -24,6 +24,10 @@ from tapedeck.settings import Settings
 log = structlog.get_logger()
 
 BATCH_BYTES = 256 * 1024
+
+# aiokafka compresses with lz4's level 9, the slow «high compression», and has no setting for it. On slices of the
+# feed level 1 takes a fourteenth of the time and makes 24 % of the size where 9 makes 18 %.
+codec.lz4_encode.__defaults__ = (1,)
 STOP_S = 0.5
 
 
@@ -169,20 +173,21 @@ class Publisher:
         return self._producer is not None
 
     async def restart(self) -> None:
-        """A new client: one whose send failed may still send what came after it. Raises KafkaError."""
-        await self.stop()
+        """A new client: one whose send failed may still send what came after it. When this returns, the old
+        one sends nothing any more, however late. Raises KafkaError."""
+        await self.stop(None)
         await self.start()
 
-    async def stop(self) -> None:
+    async def stop(self, patience_s: float | None = STOP_S) -> None:
         """Flushes nothing, which aiokafka's own stop would wait for as long as the broker is away: what is not
-        acknowledged, the caller sends again from its own mark."""
+        acknowledged, the caller sends again from its own mark. `patience_s`: for a request that is on its way."""
         producer, self._producer = self._producer, None
         if producer is None:
             return
         sending = producer._sender.sender_task
         sending.cancel()
         await producer.client.close()
-        await asyncio.wait({sending}, timeout=STOP_S)
+        await asyncio.wait({sending}, timeout=patience_s)
         producer._closed = True
 
     async def publish(self, messages: Iterable[Message]) -> None:

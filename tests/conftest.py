@@ -262,7 +262,8 @@ class Market(NamedTuple):
 @pytest.fixture
 async def market(spawn: Spawn, tmp_path: Path) -> AsyncIterator[Market]:
     frames, record = tmp_path / "frames.ndjson", tmp_path / "sent.ndjson"
-    write_frames(frames, RATE, 60, per_frame=4)
+    # Of today: for records older than a day a broker that was killed no longer knows what it has of a producer.
+    write_frames(frames, RATE, 60, per_frame=4, begin_ms=int(time.time() * 1000))
     port, rest = free_ports(2)
     ports = ["--port", str(port), "--rest-port", str(rest)]
     feed = spawn("simulate", *ports, "--frames", str(frames), "--speed", "1", "--record", str(record))
