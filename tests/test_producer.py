@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from scoring import raw_log
+from bench.scoring import raw_log
 from websockets.asyncio.server import ServerConnection, serve
 
 from producers import service
