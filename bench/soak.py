@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bench.market import write_frames
-from bench.mayhem import FREEZE, KILL_BROKER, KILL_PRODUCER, TAIL_S, Planned, schedule
+from bench.mayhem import TAIL_S, Planned, schedule
 from bench.scoring import Score, Span, marked_and_missed, raw_log, score
 from schemas.events import NS_PER_S
 from tapedeck.demo.children import Child, Spec

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from bench.scoring import raw_log
 from websockets.asyncio.server import ServerConnection, serve
 
+from bench.scoring import raw_log
 from producers import service
 from producers.protocol import AuthFailed, Evicted, Protocol, Refused, SessionError
 from producers.resume import read_log_end
