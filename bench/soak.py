@@ -402,7 +402,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--usual", type=float, default=1, help="FEED_USUAL_S of the producer")
     parser.add_argument("--keep", type=Path, help="a folder for everything of this run, which stays")
-    sys.exit(asyncio.run(soak(parser.parse_args(), Console())))
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 110)
+    sys.exit(asyncio.run(soak(parser.parse_args(), console)))
 
 
 if __name__ == "__main__":
