@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 LEAD_S = 5.0  # the feed flows before the first fault
 TAIL_S = 6.0  # and after the last
-EVICTED_S = 66.0  # the rest after an eviction, and some data after it
+EVICTED_S = 70.0  # the rest after an eviction, and some data after it
 LONG_S = 240.0  # a run with room for that
 MOST_CUTS = 6  # connections and attempts lost in a row: the next rest is up to 16 s then
 
