@@ -13,6 +13,8 @@ LEAD_S = 5.0  # the feed flows before the first fault
 TAIL_S = 6.0  # and after the last
 EVICTED_S = 70.0  # the rest after an eviction, and some data after it
 LONG_S = 240.0  # a run with room for that
+OUTAGE_S = 16.0, 20.0  # a Kafka client gives up after 15 s, and the producer must begin anew from its mark
+OUTAGE_SLOTS = 3  # faults that may pass before the broker is back
 MOST_CUTS = 6  # connections and attempts lost in a row: the next rest is up to 16 s then
 
 KILL_PRODUCER, KILL_BROKER, FREEZE = "kill-producer", "kill-broker", "freeze"
@@ -48,9 +50,13 @@ def schedule(seed: int, faults: int, seconds: float) -> list[Planned]:
     slot_s = (seconds - LEAD_S - TAIL_S - evictions * EVICTED_S) / (faults - evictions)
     if slot_s < 3:
         raise ValueError(f"{faults} faults do not fit into {seconds:g} s: the producer would never be well")
+    outage = rng.choice([n for n, kind in enumerate(kinds) if kind == KILL_BROKER]) if seconds >= LONG_S else None
     plan, begin_s = [], LEAD_S
-    for kind in kinds:
-        plan.append(Planned(round(begin_s + rng.uniform(0, slot_s / 3), 2), kind, _parameters(rng, kind, slot_s)))
+    for number, kind in enumerate(kinds):
+        parameters = _parameters(rng, kind, slot_s)
+        if number == outage:
+            parameters = {"seconds": round(rng.uniform(*OUTAGE_S), 1)}
+        plan.append(Planned(round(begin_s + rng.uniform(0, slot_s / 3), 2), kind, parameters))
         begin_s += EVICTED_S if kind == "evict" else slot_s
     return plan
 
@@ -74,12 +80,15 @@ def _order(rng: random.Random, kinds: list[str]) -> list[str]:
 
 
 def _bearable(kinds: Iterable[str]) -> bool:
-    cuts, before = 0, ""
-    for kind in kinds:
+    cuts, broker_killed = 0, -OUTAGE_SLOTS
+    for number, kind in enumerate(kinds):
         cuts = 0 if kind == KILL_PRODUCER else cuts + CUTS.get(kind, 0)
-        if cuts > MOST_CUTS or kind == before == KILL_BROKER:
+        if cuts > MOST_CUTS:
             return False
-        before = kind
+        if kind == KILL_BROKER:
+            if number - broker_killed < OUTAGE_SLOTS:
+                return False
+            broker_killed = number
     return True
 
 

@@ -70,6 +70,7 @@ class Soak:
         self._began = 0.0
         self._kills = 0
         self._mending: set[asyncio.Task[None]] = set()
+        self._booting = asyncio.Lock()
         self._clock_ns = 0
         self._clients = 0
         self.settings = Settings(_env_file=None, topic_prefix="soak.")
@@ -217,9 +218,10 @@ class Soak:
             os.kill(child.pid, signal.SIGKILL)
 
     async def _broker_away(self, seconds: float) -> None:
-        self._broker.kill()
-        await asyncio.sleep(seconds)
-        await self._start_broker()
+        async with self._booting:  # an earlier outage may take longer than planned
+            self._broker.kill()
+            await asyncio.sleep(seconds)
+            await self._start_broker()
 
     async def _frozen(self, seconds: float) -> None:
         pid = self._producer.pid
