@@ -23,6 +23,7 @@ log = structlog.get_logger()
 
 SEGMENT_BYTES = 64 * 1024**2
 ROUND_BYTES = 2 * 1024**2
+ROUND_RECORDS = 2_000  # small ones need 20 times their size in memory, which never comes back
 SUFFIX = ".segment"
 _FRAME = struct.Struct(">II")  # length and crc32 of what follows
 
@@ -155,10 +156,10 @@ class Journal:
         while offset >= self._segments[number].size and number < self._last:
             number, offset = number + 1, 0
         segment, records, begin = self._segments[number], [], offset
-        while offset < segment.size and offset - begin < ROUND_BYTES:
+        while offset < segment.size and offset - begin < ROUND_BYTES and len(records) < ROUND_RECORDS:
             block = os.pread(segment.file, min(ROUND_BYTES, segment.size - offset), offset)
             at = 0
-            while len(block) - at >= _FRAME.size:
+            while len(block) - at >= _FRAME.size and len(records) < ROUND_RECORDS:
                 length, _ = _FRAME.unpack_from(block, at)
                 end = at + _FRAME.size + length
                 if end > len(block):

@@ -31,17 +31,22 @@ class Refused(Exception):
 
 
 def pairs_of(symbols: Iterable[str]) -> list[str]:
-    """Pairs as the vendor's subscriptions want them; raises UsageError for what is none."""
+    """Pairs as the vendor's subscriptions want them, each once, and only `*` where it is among them: what is
+    asked for twice may come twice, or be answered once. Raises UsageError for what is no pair."""
     try:
-        return ["*" if symbol == "*" else wire.symbol_of(symbol) for symbol in symbols]
+        pairs = dict.fromkeys("*" if symbol == "*" else wire.symbol_of(symbol) for symbol in symbols)
     except ValueError as error:
         raise UsageError(f"SYMBOLS: {error}") from error
+    return ["*"] if "*" in pairs else list(pairs)
 
 
 def params_of(settings: Settings) -> list[str]:
-    """What to subscribe to; raises UsageError for a pair that cannot be understood."""
-    pairs = pairs_of(settings.symbols)
-    return [f"{stream}.{pair}" for stream in settings.streams for pair in pairs]
+    """What to subscribe to; raises UsageError for a pair that cannot be understood, and for nothing at all."""
+    pairs, streams = pairs_of(settings.symbols), dict.fromkeys(settings.streams)
+    for name, chosen in (("SYMBOLS", pairs), ("STREAMS", streams)):
+        if not chosen:
+            raise UsageError(f"{name} is empty: there is nothing to record")
+    return [f"{stream}.{pair}" for stream in streams for pair in pairs]
 
 
 class Protocol:
@@ -52,6 +57,7 @@ class Protocol:
         self._params = list(params)
         self._pending: list[str] = []
         self._outbox: list[bytes] = []
+        self._greeted = False
         self.asked = False
         self.refused: list[str] = []
         self.live = False
@@ -73,13 +79,13 @@ class Protocol:
 
     def _status(self, head: wire.Head) -> None:
         match head.status:
-            case "connected":
+            case "connected" if not self._greeted:  # the key goes out once, whatever the vendor repeats
+                self._greeted = True
                 self._outbox.append(orjson.dumps({"action": "auth", "params": self._key}))
-            case "auth_success":
-                if not self.asked:
-                    self.asked, self._pending = True, list(self._params)
-                    params = ",".join(self._params)
-                    self._outbox.append(orjson.dumps({"action": "subscribe", "params": params}))
+            case "auth_success" if self._greeted and not self.asked:
+                self.asked, self._pending = True, list(self._params)
+                params = ",".join(self._params)
+                self._outbox.append(orjson.dumps({"action": "subscribe", "params": params}))
             case "auth_failed":
                 raise AuthFailed(head.message or "authentication failed")
             case "auth_timeout":

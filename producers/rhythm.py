@@ -4,6 +4,7 @@ from schemas.events import NS_PER_S
 
 SPELLS_NS = 1800 * NS_PER_S  # quiet spells are remembered for one to two of these
 FACTOR = 4  # silence is unusual when it lasts this many times the longest remembered spell
+FROZEN_NS = NS_PER_S  # who looks twice a second and has not looked for this long was not running
 KNOWN_FRAMES = 10  # before so many frames, or before `floor_ns` has been listened to, nothing is judged
 
 
@@ -14,6 +15,7 @@ class Rhythm:
     def __init__(self, floor_ns: int) -> None:
         self._floor_ns = floor_ns
         self.last: int | None = None  # heard, or began to listen
+        self._silent_since = self._looked = 0  # `last`, but for the time that we did not look
         self._frames = 0
         self._listened = 0
         self._longest = self._longest_before = 0
@@ -21,18 +23,20 @@ class Rhythm:
 
     def listen(self, now: int) -> None:
         """The feed begins, or begins again: silence until now was ours."""
-        self.last = now
+        self.last = self._silent_since = now
+        self._looked = 0
 
     def heard(self, now: int) -> None:
         """A frame of this stream has come."""
         if self.last is not None:
-            spell = now - self.last
+            self._excuse(now)
+            spell = now - self._silent_since
             self._listened += spell
             if now - self._since > SPELLS_NS:
                 self._longest_before, self._longest, self._since = self._longest, 0, now
             self._longest = max(self._longest, spell)
         self._frames += 1
-        self.last = now
+        self.last = self._silent_since = now
 
     @property
     def known(self) -> bool:
@@ -59,8 +63,16 @@ class Rhythm:
         return self.alive_until is not None and now <= self.alive_until
 
     def overdue(self, now: int) -> bool:
-        """Whether it has been silent for longer than is usual."""
-        return self.known and self.last is not None and now - self.last > self.usual_ns
+        """Whether it has been silent for longer than is usual. Once asked, to be asked more often than each
+        `FROZEN_NS`: a silence while nobody asked is that of a stopped process, and no stream's habit."""
+        self._excuse(now)
+        self._looked = now
+        return self.known and self.last is not None and now - self._silent_since > self.usual_ns
+
+    def _excuse(self, now: int) -> None:
+        if self._looked and now - self._looked > FROZEN_NS:
+            self._silent_since += now - max(self._looked, self._silent_since)
+            self._looked = now
 
     def suspect(self, now: int) -> bool:
         """Whether, now that the connection is gone, its last silence may already have been a stall."""

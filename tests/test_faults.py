@@ -9,8 +9,8 @@ from typing import Any
 import aiohttp
 import pytest
 from conftest import Market, Process, Produce, flows, stopped, until
-from scoring import Score, raw_log, score, spans_of
 
+from bench.scoring import Score, raw_log, score, spans_of
 from producers import service
 from schemas.raw import RawRecord
 from tapedeck.settings import Settings

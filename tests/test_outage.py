@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 from conftest import RATE, Market, Produce, Servers, flows, stopped, until
-from scoring import Score, raw_log, score, spans_of
 
+from bench.scoring import Score, raw_log, score, spans_of
 from tapedeck.embedded.ports import free_ports
 from tapedeck.settings import Settings
 

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from scoring import raw_log
 from websockets.asyncio.server import ServerConnection, serve
 
+from bench.scoring import raw_log
 from producers import service
 from producers.protocol import AuthFailed, Evicted, Protocol, Refused, SessionError
 from producers.resume import read_log_end
@@ -79,12 +79,14 @@ def test_what_ends_a_session_is_told_apart(name: str, error: type[Exception]) ->
 
 def test_a_key_that_may_subscribe_to_nothing_is_refused_and_to_a_part_goes_on() -> None:
     protocol = Protocol("secret", ["XT.A-B", "XQ.A-B"])
+    protocol.receive(status("connected"))
     protocol.receive(status("auth_success"))
     protocol.receive(status("error", "not authorized"))
     protocol.receive(status("success", "subscribed to: XQ.A-B"))
     assert protocol.live
     assert protocol.refused == ["XT.A-B"]
     protocol = Protocol("secret", ["XT.A-B"])
+    protocol.receive(status("connected"))
     protocol.receive(status("auth_success"))
     with pytest.raises(Refused):
         protocol.receive(status("error", "not authorized"))

@@ -2,6 +2,8 @@
 
 from itertools import accumulate
 
+import pytest
+
 from producers.rhythm import Rhythm
 from schemas.events import NS_PER_S
 
@@ -19,12 +21,10 @@ def heard(*spells_s: float) -> tuple[Rhythm, int]:
 
 
 def test_a_busy_stream_is_overdue_after_the_floor_and_a_quiet_one_is_not() -> None:
-    busy, now = heard(*[0.05] * 400)
-    assert not busy.overdue(now + FLOOR)
-    assert busy.overdue(now + FLOOR + 1)
-    quiet, now = heard(*[60] * 20)
-    assert not quiet.overdue(now + 200 * NS_PER_S)
-    assert quiet.overdue(now + 241 * NS_PER_S)
+    for spells, usual_s in (([0.05] * 400, 10), ([60] * 20, 240)):
+        for more, overdue in ((0, False), (1, True)):
+            rhythm, now = heard(*spells)
+            assert rhythm.overdue(now + usual_s * NS_PER_S + more) == overdue
 
 
 def test_aggregates_that_come_in_a_burst_each_minute_are_quiet_for_a_minute() -> None:
@@ -57,3 +57,35 @@ def test_silence_before_a_loss_is_suspect_when_it_is_longer_than_any() -> None:
     rhythm, now = heard(*[1] * 30)
     assert not rhythm.suspect(now + 2 * NS_PER_S)
     assert rhythm.suspect(now + 2 * NS_PER_S + 1)
+
+
+class TestFrozen:
+    """The process was stopped for a while, and what came meanwhile waits in its socket."""
+
+    def watched(self) -> tuple[Rhythm, int]:
+        rhythm, now = Rhythm(NS_PER_S), 0
+        rhythm.listen(now)
+        for number in range(300):
+            now += NS_PER_S // 100
+            rhythm.heard(now)
+            if number % 50 == 0:
+                assert not rhythm.overdue(now)
+        return rhythm, now
+
+    def test_it_does_not_take_its_own_absence_for_a_stall_and_gives_up_what_waits(self) -> None:
+        rhythm, now = self.watched()
+        assert not rhythm.overdue(now + 5 * NS_PER_S)
+        assert not rhythm.overdue(now + 5.9 * NS_PER_S)
+        assert rhythm.overdue(now + 6.5 * NS_PER_S)  # nothing waited: silent for more than a second since
+
+    @pytest.mark.parametrize("looks_first", [True, False])
+    def test_nor_for_a_habit_of_the_stream_behind_which_a_stall_could_hide(self, looks_first: bool) -> None:
+        rhythm, now = self.watched()
+        now += 5 * NS_PER_S
+        if looks_first:
+            rhythm.overdue(now)
+        rhythm.heard(now)
+        assert rhythm.usual_ns <= 2 * NS_PER_S
+        for _ in range(6):
+            overdue, now = rhythm.overdue(now), now + NS_PER_S // 2
+        assert overdue

@@ -39,7 +39,8 @@ class Span(NamedTuple):
 
 class Score(NamedTuple):
     """Totals: events sent, in the log, more often in the log than sent, absent but inside a gap, absent and
-    in none (with a few of them), and for each reason the seconds by which gaps exceed what was missed."""
+    in none (with a few of them), and how many events stand before one that was sent earlier. `gaps` counts
+    the marked gaps by reason, and `missed` says of each the first and last time that was missed in it, ns."""
 
     sent: int
     logged: int
@@ -47,7 +48,9 @@ class Score(NamedTuple):
     in_gaps: int
     lost: int
     examples: list[str]
+    disorder: int
     gaps: dict[str, int]
+    missed: dict[Span, tuple[int, int] | None]
     marked_s: float
     missed_s: float
 
@@ -92,14 +95,17 @@ def score(record: Path, log: Mapping[int, list[RawRecord]]) -> Score:
                 logged.update(item.data for item in split_frame(one.value))
     total = logged.total()
     spans = spans_of(log)
+    place = {data: 0 for data, count in logged.items() if count == 1}
     end = max((one.timestamp_ms for records in log.values() for one in records), default=0) * NS_PER_MS
     sent = in_gaps = lost = 0
     examples: list[str] = []
-    missed: dict[Span, list[int]] = defaultdict(list)
+    times: dict[Span, list[int]] = defaultdict(list)
     for clock, data, head in _sent(record):
         if logged[data] > 0:
             logged[data] -= 1
             sent += 1
+            if data in place:
+                place[data] = sent
             continue
         if clock > end:
             continue
@@ -110,14 +116,14 @@ def score(record: Path, log: Mapping[int, list[RawRecord]]) -> Score:
             if head.ev in span.streams and span.since - SLACK_NS <= clock <= span.until + SLACK_NS
         ]
         for span in within:
-            missed[span].append(clock)
+            times[span].append(clock)
         if within:
             in_gaps += 1
         else:
             lost += 1
             examples.append(f"{clock} {data[:120].decode()}")
     known = {span for each in spans.values() for span in each if span.since and span.reason != "stop"}
-    reasons = Counter(span.reason for span in known)
+    missed = {span: (min(times[span]), max(times[span])) if span in times else None for span in known}
     return Score(
         sent,
         total,
@@ -125,10 +131,33 @@ def score(record: Path, log: Mapping[int, list[RawRecord]]) -> Score:
         in_gaps,
         lost,
         examples[:5],
-        dict(reasons),
-        _union((span.since, span.until) for span in known) / NS_PER_S,
-        _union((min(times), max(times)) for span, times in missed.items() if span in known) / NS_PER_S,
+        _disorder(log, place),
+        dict(Counter(span.reason for span in known)),
+        missed,
+        *marked_and_missed(missed),
     )
+
+
+def marked_and_missed(gaps: Mapping[Span, tuple[int, int] | None]) -> tuple[float, float]:
+    """Seconds that the gaps cover, and that what was missed in them does."""
+    marked = _union((span.since, span.until) for span in gaps)
+    return marked / NS_PER_S, _union(missed for missed in gaps.values() if missed) / NS_PER_S
+
+
+def _disorder(log: Mapping[int, list[RawRecord]], place: Mapping[bytes, int]) -> int:
+    """`place`: when each event was sent, of those that are in the log once."""
+    count = 0
+    for records in log.values():
+        latest, numbers = 0, (0, 0)
+        for record in records:
+            count += (record.epoch, record.n) < numbers
+            numbers = (record.epoch, record.n)
+            if record.kind == "slice":
+                for item in split_frame(record.value):
+                    at = place.get(item.data, latest)
+                    count += at < latest
+                    latest = max(latest, at)
+    return count
 
 
 def _sent(record: Path) -> Iterable[tuple[int, bytes, wire.Head]]:
