@@ -155,7 +155,8 @@ class Journal:
         number, offset = self._read
         while offset >= self._segments[number].size and number < self._last:
             number, offset = number + 1, 0
-        segment, records, begin = self._segments[number], [], offset
+        records: list[RawRecord] = []
+        segment, begin = self._segments[number], offset
         while offset < segment.size and offset - begin < ROUND_BYTES and len(records) < ROUND_RECORDS:
             block = os.pread(segment.file, min(ROUND_BYTES, segment.size - offset), offset)
             at = 0
