@@ -5,6 +5,7 @@ from schemas.events import NS_PER_S
 SPELLS_NS = 1800 * NS_PER_S  # quiet spells are remembered for one to two of these
 FACTOR = 4  # silence is unusual when it lasts this many times the longest remembered spell
 FROZEN_NS = NS_PER_S  # who looks twice a second and has not looked for this long was not running
+EXPERIENCE = 6  # a silence that ended by itself is judged only after so many times `floor_ns`
 KNOWN_FRAMES = 10  # before so many frames, or before `floor_ns` has been listened to, nothing is judged
 
 
@@ -26,17 +27,22 @@ class Rhythm:
         self.last = self._silent_since = now
         self._looked = 0
 
-    def heard(self, now: int) -> None:
-        """A frame of this stream has come."""
+    def heard(self, now: int) -> bool:
+        """A frame of this stream has come. Whether it had been silent for so long that events may have been
+        withheld, though not for so long that the connection was given up."""
+        suspect = False
         if self.last is not None:
             self._excuse(now)
             spell = now - self._silent_since
+            experienced = self._frames >= KNOWN_FRAMES and self._listened >= EXPERIENCE * self._floor_ns
+            suspect = experienced and spell > max(self._floor_ns // 5, FACTOR * self.longest_ns)
             self._listened += spell
             if now - self._since > SPELLS_NS:
                 self._longest_before, self._longest, self._since = self._longest, 0, now
             self._longest = max(self._longest, spell)
         self._frames += 1
         self.last = self._silent_since = now
+        return suspect
 
     @property
     def known(self) -> bool:

@@ -106,7 +106,7 @@ class Slicer:
         self._connected = False
         self._rhythms = {stream: Rhythm(settings.usual_ns) for stream in self._streams}
         self._heard_at: dict[str, int | None] = {}  # the clock when a stream was last heard
-        self._unproven: set[str] = set()  # streams that stalled and have not delivered since
+        self._unproven: dict[str, str] = {}  # streams that have not delivered since something, and what
         self.counts: Counter[str] = Counter()
         """Events so far, by subscribed stream; all else is `other`."""
         self._out: list[RawRecord] = []
@@ -166,8 +166,8 @@ class Slicer:
             heard[ev] = heard.get(ev, 0) + 1
         for ev, count in heard.items():
             rhythm = self._rhythms.get(ev)
-            if rhythm is not None:
-                rhythm.heard(recv)
+            if rhythm is not None and rhythm.heard(recv) and not self._held and not self._gaps:
+                self._unproven.setdefault(ev, "silence")
             self.counts[ev if rhythm is not None else "other"] += count
         clock = self.clock
         for item in items:
@@ -248,18 +248,19 @@ class Slicer:
         delivered = {item.head.ev for item, _ in self._held if item.head is not None}
         for gap in gaps:
             if gap.reason == "stall":
-                self._unproven |= set(gap.streams) - delivered
+                self._unproven |= dict.fromkeys(set(gap.streams) - delivered, "stall")
         self._heard_at = dict.fromkeys(self._streams, clock)
         return True
 
     def _prove(self, stream: str, now: int) -> None:
-        """A stream that had stalled delivers again: connecting anew had not mended it before."""
-        self._unproven.discard(stream)
+        """A stream delivers again that was silent for suspiciously long, or that had stalled and that connecting
+        anew had not mended."""
+        reason = self._unproven.pop(stream)
         for partition in list(self._open):
             self._close(partition)
         since, until = self._heard_at[stream], self.clock.now
         for partition in range(PARTITIONS):
-            self._emit_gap(partition, [stream], since, until, "stall", now)
+            self._emit_gap(partition, [stream], since, until, reason, now)
 
     def _first_belief(self, claims: list[Claim], now: int, waited: bool) -> Claim | None:
         """The first claim to be believed; None: there is none, or it is too early to say."""

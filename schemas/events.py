@@ -116,7 +116,9 @@ class Gap(msgspec.Struct, frozen=True):
     """A stretch of feed time, both ends included, in which events may have been missed.
 
     `from` is null for the time before the recording began; `pairs` may be `["*"]`. `reason`: start, away,
-    stop, reconnect, hole (the producer's own sends failed and it never came back to them).
+    stop, reconnect, stall (a stream was silent far beyond its habit), silence (a shorter one that ended by
+    itself: perhaps nothing was missed), journal (the producer's was full), hole (the producer's own sends failed
+    and it never came back to them).
     """
 
     from_: int | None = msgspec.field(name="from")

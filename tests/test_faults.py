@@ -102,6 +102,20 @@ async def test_a_feed_that_lies_about_being_alive_is_found_out(
     assert found.excess_s < EXCESS_S, found
 
 
+async def test_a_stall_that_ends_by_itself_before_it_is_given_up_is_marked_too(
+    settings: Settings, market: Market, produce: Produce
+) -> None:
+    producer = produce(streams=["XT", "XQ"], feed_usual_s=2)
+    await flows(market, 13)
+    await inject(market, "stall", seconds=1.2, stream="XT")
+    await flows(market, 3)
+    await stopped(producer)
+    found, log = await scored(settings, market)
+    assert found.gaps == {"silence": 1}
+    assert [span.streams for span in spans_of(log)[0] if span.reason == "silence"] == [{"XT"}]
+    assert found.excess_s < EXCESS_S, found
+
+
 async def test_bytes_that_are_no_events_and_frames_that_come_twice_cost_nothing(
     settings: Settings, market: Market, produce: Produce
 ) -> None:

@@ -46,6 +46,15 @@ def test_a_calm_hour_ago_is_forgotten() -> None:
     assert rhythm.longest_ns == NS_PER_S
 
 
+def test_a_silence_that_ended_by_itself_is_suspect_when_it_is_beyond_all_experience() -> None:
+    rhythm, now = heard(*[0.1] * 700)
+    assert not rhythm.heard(now + NS_PER_S)
+    assert rhythm.heard(now + 6 * NS_PER_S)
+    assert not rhythm.heard(now + 11 * NS_PER_S), "by now it is a habit"
+    young, now = heard(*[0.1] * 500)
+    assert not young.heard(now + 6 * NS_PER_S)
+
+
 def test_our_own_absence_is_no_silence_of_the_feed() -> None:
     rhythm, now = heard(*[1] * 30)
     rhythm.listen(now + 600 * NS_PER_S)
