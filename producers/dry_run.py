@@ -44,7 +44,7 @@ async def dry_run(settings: Settings) -> None:
         raise UsageError(f"the vendor refused the key (POLYGON_API_KEY): {error}") from error
     except Refused as error:
         raise UsageError(f"the key may not subscribe to any of {', '.join(params)}: {error}") from error
-    except InvalidURI as error:
+    except (InvalidURI, UnicodeError) as error:
         raise UsageError(f"POLYGON_WS_URL is not a WebSocket's address: {error}") from error
     except Evicted as error:
         raise TapedeckError(f"another client uses this key, and the vendor allows one: {error}") from error

@@ -176,7 +176,7 @@ class Producer:
                 await self._session()
             except AuthFailed as error:
                 raise UsageError(f"the vendor refused the key (POLYGON_API_KEY): {error}") from error
-            except InvalidURI as error:
+            except (InvalidURI, UnicodeError) as error:  # the latter for what cannot be a name
                 raise UsageError(f"POLYGON_WS_URL is not a WebSocket's address: {error}") from error
             except Refused as error:
                 raise UsageError(f"the key may not subscribe to any of {self._params}: {error}") from error

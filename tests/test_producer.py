@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from conftest import until
 from websockets.asyncio.server import ServerConnection, serve
 
 from bench.scoring import raw_log
@@ -258,3 +259,25 @@ def test_an_unreachable_kafka_is_named_and_given_up_after_a_set_time(settings: S
     assert done.returncode == 1
     assert time.monotonic() - began < 20
     assert "Kafka at 127.0.0.1:1 cannot be reached after 2 s (KAFKA_BOOTSTRAP_SERVERS)" in done.stderr
+
+
+@pytest.mark.parametrize("url", ["wss://{address}/crypto", "ws://127.0.0.1:1/crypto"])
+async def test_tls_that_fails_and_refused_connections_are_tried_again(
+    settings: Settings, feed: Feed, url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "LONGEST_RETRY_S", 0.2)
+    url = url.format(address=feed.url.split("/")[2])
+    shell = Shell(settings.model_copy(update={"polygon_ws_url": url}), "produce")
+    running = asyncio.create_task(service.run(shell))
+    said = ""
+
+    async def twice() -> bool:
+        nonlocal said
+        captured = capsys.readouterr()
+        said += captured.out + captured.err
+        return said.count("the feed's connection is gone") >= 2
+
+    await until(twice)
+    assert not running.done()
+    shell.stopping.set()
+    await asyncio.wait_for(running, 10)
