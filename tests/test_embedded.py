@@ -173,8 +173,10 @@ async def test_data_and_addresses_survive_kill_9(data_dir: Path) -> None:
     # The session is open and busy, so that its backend outlives the server that it belongs to.
     busy = asyncio.ensure_future(connection.fetchval("SELECT count(*) FROM generate_series(1, 1e9)"))
     await asyncio.sleep(0.2)
-    for each in status(data_dir):
-        os.kill(each.pid or 0, signal.SIGKILL)
+    killed = [psutil.Process(each.pid) for each in status(data_dir)]
+    for process in killed:
+        process.kill()
+    psutil.wait_procs(killed, 5)
     assert pids(status(data_dir)) == [None, None]
 
     assert all(each.started for each in start(data_dir))
