@@ -8,7 +8,7 @@ acknowledged, in order, after the broker took everything made from it; any unexp
 import asyncio
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from typing import Any
 
 import faust
@@ -182,9 +182,8 @@ class Processor:
                 for part in (outputs, vouching):
                     if part:
                         await self._publisher.publish(part)
-                        for topic in topics.ALL:
-                            count = sum(m.topic == self._settings.topic_prefix + topic.name for m in part)
-                            metrics.OUTPUTS.labels(topic.name).inc(count)
+                        for topic, count in Counter(message.topic for message in part).items():
+                            metrics.OUTPUTS.labels(topic.removeprefix(self._settings.topic_prefix)).inc(count)
                 for event in events:
                     event.ack()
         except Exception as error:
