@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -195,7 +196,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    if "tapedeck" in os.sys.argv:  # type: ignore[attr-defined]
+    if "tapedeck" in sys.argv:
         import uvloop
 
         uvloop.run(main())

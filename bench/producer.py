@@ -29,7 +29,7 @@ MODES = ("tapedeck", "massive-aiokafka", "massive-confluent", "ws-aiokafka", "ws
 BASE = "massive-aiokafka"
 EVENTS = {1: 200_000, 20: 600_000}
 RATES = (1_000, 10_000)
-LATENCY_S, PAIRS = 40, 500
+LATENCY_S, PAIRS = 30, 500
 
 Run = dict[str, float]
 
@@ -98,7 +98,7 @@ def make_topic(kafka: str, name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=2)
     options = parser.parse_args()
     console = Console()
     speed = Table(title="onto Kafka, one core (min - max of the runs)")
