@@ -381,6 +381,8 @@ async def soak(options: argparse.Namespace, console: Console) -> int:
             raise
         faults, complaints = _faults_table(run, found)
         grown = growth_mb(run.samples)
+        lines = (f"{one.at_s:.1f},{one.life},{one.rss_mb:.1f}\n" for one in run.samples)
+        (folder / "memory.csv").write_text("".join(lines))
         complaints = _judge(run, found, grown) + complaints
         for table in (faults, _memory_table(run.samples, grown), _totals_table(run, found)):
             console.print(table)

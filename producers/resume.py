@@ -40,11 +40,13 @@ async def read_log_end(settings: Settings) -> LogEnd:
     topic = settings.topic_prefix + topics.RAW.name
     partitions = [TopicPartition(topic, number) for number in range(topics.PARTITIONS)]
     reader = await kafka.consumer(settings, *partitions)
+    reader.pause(*partitions)  # or it fetches tens of megabytes from the log's beginning meanwhile
     try:
         begins, ends = await reader.beginning_offsets(partitions), await reader.end_offsets(partitions)
         waiting = {place for place in partitions if ends[place] > begins[place]}
         for place in waiting:
             reader.seek(place, ends[place] - 1)
+        reader.resume(*waiting)
         last: dict[int, RawRecord] = {}
         while waiting:
             record = await reader.getone(*waiting)
