@@ -39,6 +39,7 @@ odd_statuses = st.sampled_from(
         status(None, ["connected"]),
         b'{"ev":"status","status":["auth_success"]}',
         b'{"ev":"status","t":"now","status":"connected"}',
+        b'{ "status" : "connected" , "ev" : "status" }',
     ]
 )
 junk = st.sampled_from(
@@ -97,7 +98,7 @@ def said_to_the_session(part: bytes) -> Head | None:
 
 
 def is_status(part: bytes) -> bool:
-    return part.startswith(b'{"ev":"status"')
+    return b'"ev":"status"' in part.replace(b" ", b"")
 
 
 # -- what must hold ------------------------------------------------------------------------------------
