@@ -50,7 +50,9 @@ def schedule(seed: int, faults: int, seconds: float) -> list[Planned]:
     slot_s = (seconds - LEAD_S - TAIL_S - evictions * EVICTED_S) / (faults - evictions)
     if slot_s < 3:
         raise ValueError(f"{faults} faults do not fit into {seconds:g} s: the producer would never be well")
-    outage = rng.choice([n for n, kind in enumerate(kinds) if kind == KILL_BROKER]) if seconds >= LONG_S else None
+    killed = [number for number, kind in enumerate(kinds) if kind == KILL_BROKER]
+    lasting = [number for number in killed if kinds[number + 1 : number + 2] != [KILL_PRODUCER]]  # so it gives up
+    outage = rng.choice(lasting or killed) if seconds >= LONG_S else None
     plan, begin_s = [], LEAD_S
     for number, kind in enumerate(kinds):
         parameters = _parameters(rng, kind, slot_s)

@@ -37,7 +37,7 @@ from tapedeck.settings import Settings
 EXCESS_S = 2.0  # for each fault
 STARTED_S = 60.0
 SETTLED_S = 100.0  # the longest rest after lost connections, an eviction and a dead broker
-GROWTH_MB = 10.0  # from the first half of a producer's life to the second
+GROWTH_MB = 20.0  # from the first half of a producer's life to the second: catching up with an outage takes 14, once
 WARM_S = 8.0  # of a life, before its memory counts
 
 
