@@ -13,7 +13,7 @@ LEAD_S = 5.0  # the feed flows before the first fault
 TAIL_S = 6.0  # and after the last
 EVICTED_S = 70.0  # the rest after an eviction, and some data after it
 LONG_S = 240.0  # a run with room for that
-OUTAGE_S = 16.0, 20.0  # a Kafka client gives up after 15 s, and the producer must begin anew from its mark
+OUTAGE_S = 16.0, 20.0  # longer than a Kafka client's request and the lease's session
 OUTAGE_SLOTS = 3  # faults that may pass before the broker is back
 MOST_CUTS = 6  # connections and attempts lost in a row: the next rest is up to 16 s then
 
@@ -51,7 +51,7 @@ def schedule(seed: int, faults: int, seconds: float) -> list[Planned]:
     if slot_s < 3:
         raise ValueError(f"{faults} faults do not fit into {seconds:g} s: the producer would never be well")
     killed = [number for number, kind in enumerate(kinds) if kind == KILL_BROKER]
-    lasting = [number for number in killed if kinds[number + 1 : number + 2] != [KILL_PRODUCER]]  # so it gives up
+    lasting = [number for number in killed if kinds[number + 1 : number + 2] != [KILL_PRODUCER]]  # so it is felt
     outage = rng.choice(lasting or killed) if seconds >= LONG_S else None
     plan, begin_s = [], LEAD_S
     for number, kind in enumerate(kinds):
