@@ -39,7 +39,8 @@ class Rhythm:
             self._listened += spell
             if now - self._since > SPELLS_NS:
                 self._longest_before, self._longest, self._since = self._longest, 0, now
-            self._longest = max(self._longest, spell)
+            # A suspect silence is no habit yet: were it learned whole, the next stall would hide behind it.
+            self._longest = max(self._longest, min(spell, 2 * self.longest_ns) if suspect else spell)
         self._frames += 1
         self.last = self._silent_since = now
         return suspect

@@ -55,6 +55,18 @@ def test_a_silence_that_ended_by_itself_is_suspect_when_it_is_beyond_all_experie
     assert not young.heard(now + 6 * NS_PER_S)
 
 
+def test_one_stall_does_not_hide_the_next_but_what_happens_again_and_again_becomes_a_habit() -> None:
+    rhythm, now = heard(*[0.01] * 7_000)
+    suspected = []
+    for _ in range(12):
+        now += 5 * NS_PER_S
+        suspected.append(rhythm.heard(now))
+        for _ in range(100):
+            now += NS_PER_S // 100
+            rhythm.heard(now)
+    assert suspected == [True] * 7 + [False] * 5
+
+
 def test_our_own_absence_is_no_silence_of_the_feed() -> None:
     rhythm, now = heard(*[1] * 30)
     rhythm.listen(now + 600 * NS_PER_S)
