@@ -21,7 +21,7 @@ from schemas.raw import RawRecord
 
 log = structlog.get_logger()
 
-SEGMENT_BYTES = 64 * 1024**2
+SEGMENT_BYTES = 16 * 1024**2  # what a start may have to read again of what Kafka has already
 ROUND_BYTES = 2 * 1024**2
 ROUND_RECORDS = 2_000  # small ones need 20 times their size in memory, which never comes back
 SUFFIX = ".segment"

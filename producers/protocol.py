@@ -70,7 +70,9 @@ class Protocol:
     def receive(self, data: bytes) -> list[Item]:
         """The market events of a frame, in order. Raises SessionError, Evicted, AuthFailed, Refused."""
         items = split_frame(data)
-        if b'"status"' in data and any(item.head is not None and item.head.ev == "status" for item in items):
+        if (b'"status"' in data or b"\\u" in data) and any(
+            item.head is not None and item.head.ev == "status" for item in items
+        ):
             for item in items:
                 if item.head is not None and item.head.ev == "status":
                     self._status(item.head)

@@ -41,6 +41,7 @@ STOP_S = 2.5  # an orderly stop waits this long for Kafka to take the rest; then
 GOOD_AFTER_S = 60.0  # the backoff starts anew only when data has flowed this long
 STATISTICS_S = 60.0
 MEASURE_S = 0.25
+SLOW_S = 5.0  # aiokafka itself tries on in silence for as long as the broker is away
 NEVER = 2**63
 ROOM_S = 1.0  # a full journal is tried again this often
 
@@ -73,6 +74,8 @@ class Producer:
         self._try_again_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._wakes_at = NEVER
+        self._round_began: float | None = None  # when what Kafka has not acknowledged yet was sent
+        self._slow = False
         self._linger_ns = self._settings.linger_ns
         self._frames = 0
         self._now = 0
@@ -342,6 +345,7 @@ class Producer:
                     self._log_end = await read_log_end(self._settings)
                     if self._log_end.epoch > records[0].epoch and not self._log_end.has(records[0]):
                         raise Superseded
+                self._round_began = time.monotonic()
                 await self._publisher.publish(
                     kafka.Message(topic, r.partition, None, r.value, r.timestamp_ms, r.headers())
                     for r in records
@@ -359,7 +363,9 @@ class Producer:
                 continue
             if failures:
                 log.info("Kafka takes the records again", failures=failures)
-            failures = 0
+            if self._slow:
+                log.info("Kafka has taken the records")
+            failures, self._slow, self._round_began = 0, False, None
             self._shell.health["kafka"] = None
             self._journal.acknowledge()
             for kind, count in Counter(record.kind for record in records).items():
@@ -381,6 +387,10 @@ class Producer:
             seen = events
             if self._slicer.clock.now is not None:
                 metrics.FEED_CLOCK.set(self._slicer.clock.now / NS_PER_S)
+            if self._round_began is not None and not self._slow and time.monotonic() - self._round_began > SLOW_S:
+                self._slow = True
+                self._shell.health["kafka"] = f"has acknowledged nothing for {SLOW_S:g} s"
+                log.warning("Kafka acknowledges nothing, the journal keeps the records", seconds=SLOW_S)
             metrics.JOURNAL.set(len(self._journal))
             metrics.JOURNAL_BYTES.set(self._journal.size)
             await asyncio.sleep(MEASURE_S)

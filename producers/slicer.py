@@ -141,9 +141,14 @@ class Slicer:
         if self._gaps:
             return
         groups: dict[tuple[str, int | None], list[str]] = {}
+        known = [rhythm for rhythm in self._rhythms.values() if rhythm.known]
+        # Where all that can be judged are silent, those that cannot are no better, and pongs prove nothing.
+        dead = bool(known) and all(rhythm.suspect(now) for rhythm in known)
+        lately = max((at for at in self._heard_at.values() if at is not None), default=self._proven)
         for stream, rhythm in self._rhythms.items():
             doubted = stream in self._unproven
-            since = self._heard_at.get(stream) if doubted or rhythm.suspect(now) else self._proven
+            proven = lately if dead else self._proven
+            since = self._heard_at.get(stream) if doubted or rhythm.suspect(now) else proven
             groups.setdefault(("stall" if doubted or stream in stalled else reason, since), []).append(stream)
         self._unproven.clear()
         # Trades first: a gap is a tick, and what closes at it must know of the gap.

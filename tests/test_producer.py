@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import pytest
+from aiokafka.errors import KafkaTimeoutError
 from conftest import until
 from websockets.asyncio.server import ServerConnection, serve
 
@@ -21,6 +22,7 @@ from producers.split import split_frame
 from schemas import wire
 from schemas.frames import read_frames
 from schemas.raw import RawRecord, decode_gap_value
+from tapedeck import kafka
 from tapedeck.settings import Settings
 from tapedeck.shell import Shell
 
@@ -259,6 +261,34 @@ def test_an_unreachable_kafka_is_named_and_given_up_after_a_set_time(settings: S
     assert done.returncode == 1
     assert time.monotonic() - began < 20
     assert "Kafka at 127.0.0.1:1 cannot be reached after 2 s (KAFKA_BOOTSTRAP_SERVERS)" in done.stderr
+
+
+async def test_a_round_that_fails_half_way_is_gone_on_with_from_what_the_log_has(
+    settings: Settings, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, failures = kafka.Publisher.publish, 0
+
+    async def half(publisher: kafka.Publisher, messages: Iterable[kafka.Message]) -> None:
+        nonlocal failures
+        messages = list(messages)
+        if len(messages) > 4 and failures < 5:
+            failures += 1
+            await publish(publisher, messages[: len(messages) // 2])
+            raise KafkaTimeoutError
+        await publish(publisher, messages)
+
+    monkeypatch.setattr(kafka.Publisher, "publish", half)
+    async with producing(settings, feed):
+        for n in range(300):
+            ms = BEGIN_MS + n * 100
+            await feed.send(trade("BTC-USD", n, ms), trade("ETH-USD", n, ms, exchange=2))
+            await asyncio.sleep(0.01)
+    assert failures == 5
+    for records in (await raw_log(settings)).values():
+        position = 0
+        for record in records:
+            assert (record.epoch, record.n) == (1, position)
+            position += record.events
 
 
 @pytest.mark.parametrize("url", ["wss://{address}/crypto", "ws://127.0.0.1:1/crypto"])
