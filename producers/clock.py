@@ -56,10 +56,11 @@ class FeedClock:
             ahead.append(claim.ts - claim.recv)
 
     def find_leader(self) -> None:
-        """Looks anew which exchange leads all others; once in a while is often enough."""
+        """Looks anew which exchange leads all others; once in a while is often enough. One that is further
+        ahead than any clock is fast, the others are late, and its events must not be quarantined for it."""
         usual = ((median_low(ahead), x) for x, ahead in self._ahead.items() if len(ahead) >= USUAL_EVENTS // 2)
         first, second, *_ = [*sorted(usual, reverse=True), None, None]
-        self._leader = first[1] if first and second and first[0] > second[0] + LEAD_NS else None
+        self._leader = first[1] if first and second and LEAD_NS < first[0] - second[0] < AHEAD_NS // 2 else None
 
     def leads(self, claim: Claim) -> bool:
         """Whether the claim comes from an exchange whose clock is usually fast: true enough, but it must not

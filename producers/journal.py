@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import struct
+import uuid
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -85,14 +86,14 @@ class Journal:
     """`append` never waits. Raises OSError when the folder cannot be used.
 
     `folder` holds one folder for each producer that may run at the same time; the first that is free is
-    taken and locked, and `name` is stable over restarts.
+    taken and locked. `name` is its own, and stable over restarts.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self._limit = limit_bytes
         self._segment_bytes = min(SEGMENT_BYTES, limit_bytes // 8)  # room comes back by whole segments
         self._folder, self._lock = _claim(folder)
-        self.name = self._folder.name
+        self.name = _name(self._folder)
         self._segments: dict[int, _Segment] = {}
         self._filled = asyncio.Event()
         self._emptied = asyncio.Event()
@@ -132,6 +133,9 @@ class Journal:
             data = _encode(record)
             parts += (_FRAME.pack(len(data), zlib.crc32(data)), data)
         block = b"".join(parts)
+        if not self._pending and self._segments[self._last].size >= self._segment_bytes:
+            with contextlib.suppress(OSError):
+                self._roll()
         if self.size + len(block) > self._limit:
             raise JournalFull(f"it has reached its limit of {self._limit:,} bytes (JOURNAL_MAX_BYTES)")
         try:
@@ -144,6 +148,14 @@ class Journal:
         self._pending += len(records)
         self.epoch = records[-1].epoch
         self._set()
+
+    def _roll(self) -> None:
+        """All is acknowledged: begins anew, for room comes back by whole segments."""
+        old, self._segments = self._segments, {self._last + 1: _Segment(self._path(self._last + 1))}
+        self._last += 1
+        self._mark = self._read = Place(self._last, 0)
+        for segment in old.values():
+            segment.remove()
 
     async def next(self) -> list[RawRecord]:
         """The oldest records that were not handed out since the last `rewind`, at least one."""
@@ -199,8 +211,10 @@ class Journal:
     def set_aside(self) -> Path:
         """Another producer has gone on with the log: what is left is kept, but will never be published.
         Returns the folder where it is."""
-        kept = self._folder / f"superseded-{self._last:012d}"
-        kept.mkdir(exist_ok=True)
+        number = 1
+        while (kept := self._folder / f"superseded-{number}").exists():
+            number += 1
+        kept.mkdir()
         for segment in self._segments.values():
             os.close(segment.file)
             segment.path.rename(kept / segment.path.name)
@@ -235,10 +249,20 @@ def _read(file: int, offset: int, length: int) -> bytes | None:
     if len(head) < _FRAME.size:
         return None
     size, crc = _FRAME.unpack(head)
+    if not size:  # zeros, where power was lost
+        return None
     if offset + _FRAME.size + size > length:
         return None
     data = os.pread(file, size, offset + _FRAME.size)
     return data if len(data) == size and zlib.crc32(data) == crc else None
+
+
+def _name(folder: Path) -> str:
+    """What no other folder is called, on no machine, and this one after every restart."""
+    path = folder / "name"
+    if not path.exists() or not path.read_text():
+        path.write_text(uuid.uuid4().hex)
+    return path.read_text()
 
 
 def _claim(folder: Path) -> tuple[Path, int]:

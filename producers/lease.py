@@ -9,13 +9,14 @@ import contextlib
 from collections.abc import Iterable, Mapping
 
 import structlog
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.cluster import ClusterMetadata
 from aiokafka.coordinator.assignors.abstract import AbstractPartitionAssignor
 from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment, ConsumerProtocolMemberMetadata
 from aiokafka.errors import KafkaError
 
 from schemas import topics
+from tapedeck import kafka
 from tapedeck.settings import Settings
 
 log = structlog.get_logger()
@@ -72,15 +73,19 @@ class Lease(ConsumerRebalanceListener):  # type: ignore[misc]
         )
 
     async def keep(self) -> None:
-        """Stays in the group until cancelled. Raises KafkaError."""
+        """Stays in the group until cancelled. Raises KafkaError when it may not."""
         try:
             await self._consumer.start()
             self._consumer.subscribe([self._topic], listener=self)
             while True:
-                with contextlib.suppress(KafkaError):
+                try:
                     await self._consumer.getmany(timeout_ms=1_000)  # who never asks is thrown out
+                except KafkaError as error:
+                    if not kafka.passing(error):
+                        raise
                 await asyncio.sleep(0.1)
         finally:
+            _OneHolder.epoch = 0
             with contextlib.suppress(TimeoutError, KafkaError):
                 async with asyncio.timeout(STOP_S):
                     await self._consumer.stop()
@@ -97,3 +102,18 @@ class Lease(ConsumerRebalanceListener):  # type: ignore[misc]
         gained, given = (self.held, self.lost) if assigned else (self.lost, self.held)
         gained.set()
         given.clear()
+
+
+async def claim_epoch(settings: Settings, at_least: int, name: str) -> int:
+    """An epoch that nobody else has or will have: it is the place of our claim in the lease's topic. One that only
+    came to be with its first record could be taken by two. Raises KafkaError."""
+    producer = AIOKafkaProducer(**settings.kafka_options(), acks="all")
+    await producer.start()
+    try:
+        while True:
+            topic = settings.topic_prefix + topics.LEASE.name
+            epoch = (await producer.send_and_wait(topic, name.encode(), partition=0)).offset + 1
+            if epoch >= at_least:
+                return int(epoch)
+    finally:
+        await producer.stop()

@@ -11,10 +11,11 @@ from tapedeck.settings import Settings
 
 
 class LogEnd:
-    """The last record of each partition, of those that have one."""
+    """The last record of each partition, of those that have one. `claims`: epochs that were claimed."""
 
-    def __init__(self, last: dict[int, RawRecord]) -> None:
+    def __init__(self, last: dict[int, RawRecord], claims: int) -> None:
         self._last = last
+        self.claims = claims
         self.epoch = max((record.epoch for record in last.values()), default=0)
 
     def has(self, record: RawRecord) -> bool:
@@ -39,10 +40,12 @@ async def read_log_end(settings: Settings) -> LogEnd:
     """Raises UsageError when the topic holds something else, KafkaError."""
     topic = settings.topic_prefix + topics.RAW.name
     partitions = [TopicPartition(topic, number) for number in range(topics.PARTITIONS)]
+    lease = TopicPartition(settings.topic_prefix + topics.LEASE.name, 0)
     reader = await kafka.consumer(settings, *partitions)
     reader.pause(*partitions)  # or it fetches tens of megabytes from the log's beginning meanwhile
     try:
-        begins, ends = await reader.beginning_offsets(partitions), await reader.end_offsets(partitions)
+        begins, ends = await reader.beginning_offsets(partitions), await reader.end_offsets([*partitions, lease])
+        claims = ends.pop(lease)
         waiting = {place for place in partitions if ends[place] > begins[place]}
         for place in waiting:
             reader.seek(place, ends[place] - 1)
@@ -59,4 +62,4 @@ async def read_log_end(settings: Settings) -> LogEnd:
                 raise UsageError(f"{topic} has a record that tapedeck did not write: {error}") from error
     finally:
         await reader.stop()
-    return LogEnd(last)
+    return LogEnd(last, claims)

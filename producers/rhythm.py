@@ -21,17 +21,26 @@ class Rhythm:
         self._listened = 0
         self._longest = self._longest_before = 0
         self._since = 0
+        self._fresh_start = True
+        self._patience, self._given_up = 1, False
 
     def listen(self, now: int) -> None:
-        """The feed begins, or begins again: silence until now was ours."""
+        """The feed begins, or begins again: silence until now was ours. Where connecting anew did not mend a
+        stream, more patience is had with it each time: the others must not pay for it for ever."""
         self.last = self._silent_since = now
         self._looked = 0
+        self._fresh_start = True
+        if self._given_up:
+            self._patience, self._given_up = 2 * self._patience, False
 
     def heard(self, now: int) -> bool:
         """A frame of this stream has come. Whether it had been silent for so long that events may have been
         withheld, though not for so long that the connection was given up."""
         suspect = False
-        if self.last is not None:
+        self._patience, self._given_up = 1, False
+        if self._fresh_start:  # how long it took from connecting says nothing of its habits
+            self._fresh_start = False
+        elif self.last is not None:
             self._excuse(now)
             spell = now - self._silent_since
             experienced = self._frames >= KNOWN_FRAMES and self._listened >= EXPERIENCE * self._floor_ns
@@ -74,7 +83,10 @@ class Rhythm:
         `FROZEN_NS`: a silence while nobody asked is that of a stopped process, and no stream's habit."""
         self._excuse(now)
         self._looked = now
-        return self.known and self.last is not None and now - self._silent_since > self.usual_ns
+        patience = self._patience * self.usual_ns
+        overdue = self.known and self.last is not None and now - self._silent_since > patience
+        self._given_up = self._given_up or overdue
+        return overdue
 
     def _excuse(self, now: int) -> None:
         if self._looked and now - self._looked > FROZEN_NS:

@@ -3,11 +3,11 @@
 import asyncio
 import contextlib
 import random
-import socket as sockets
 import time
 from collections import Counter
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import structlog
 from aiokafka.errors import KafkaError
@@ -16,13 +16,13 @@ from websockets.exceptions import ConnectionClosed, InvalidURI, WebSocketExcepti
 from websockets.frames import CloseCode
 
 from producers.journal import Journal, JournalFull
-from producers.lease import SESSION_S, Lease
+from producers.lease import SESSION_S, Lease, claim_epoch
 from producers.protocol import AuthFailed, Evicted, Protocol, Refused, SessionError, pairs_of, params_of
 from producers.resume import LogEnd, read_log_end
 from producers.slicer import Resume, Slicer, SlicerSettings
 from producers.socket import ANSWER_TIMEOUT_S, open_socket
 from schemas import topics
-from schemas.events import NS_PER_S
+from schemas.events import NS_PER_MS, NS_PER_S
 from schemas.frames import Frame, frame_line
 from schemas.raw import RawRecord
 from tapedeck import kafka, metrics
@@ -67,7 +67,8 @@ class Producer:
         self._record = record
         self._journal = journal
         self._publisher = kafka.Publisher(self._settings)
-        self._log_end = LogEnd({})
+        self._log_end = LogEnd({}, 0)
+        self._claimed = 0
         self._slicer: Slicer
         self._tail: Resume | None = None  # where the journal's end stands
         self._full = False
@@ -80,27 +81,35 @@ class Producer:
         self._frames = 0
         self._now = 0
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._data_since: float | None = None
+        self._data_since = self._data_last = 0  # in this session, ns
         self._silent: set[tuple[str, str]] = set()
+        self._delivered: set[tuple[str, str]] = set()
+        self._clock_at = time.monotonic_ns()
         self._counts: Counter[str] = Counter()  # errors and connects
         self._events: Counter[str] = Counter()  # of slicers before this one
 
-    async def run(self, lease: Lease) -> None:
+    async def run(self, lease: Lease, keeping: asyncio.Task[None]) -> None:
         """Until stopped or the lease is lost. Raises UsageError when the key or all subscriptions are refused."""
-        await self._read_log_end()
-        with contextlib.suppress(KafkaError, OSError):
-            await self._publisher.start()
-        publishing = asyncio.create_task(self._publish())
-        tasks = [publishing]
+        lost = asyncio.create_task(_wait(lease.lost))
+        tasks = [lost, keeping]
+        mine: list[asyncio.Task[None]] = [lost]
+
+        def start(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+            task = asyncio.create_task(work)
+            tasks.append(task)
+            mine.append(task)
+            return task
+
+        self._shell.health["feed"] = "not connected yet"
         try:
-            resume = await self._take_up(publishing)
-            self._slicer = self._new_slicer(resume)
-            lease.records(self._slicer.epoch)
-            log.info("recording", epoch=self._slicer.epoch, streams=self._streams, pairs=self._pairs)
-            reading = asyncio.create_task(self._read())
-            lost = asyncio.create_task(_wait(lease.lost))
-            tasks += [reading, lost, asyncio.create_task(self._raise())]
-            tasks += [asyncio.create_task(self._tell()), asyncio.create_task(self._measure())]
+            taking_up = start(self._take_up(lease, start))
+            await self._shell.until_stopped(*tasks)
+            if not taking_up.done():
+                return
+            reading = start(self._read())
+            for work in (self._raise(), self._tell(), self._measure()):
+                start(work)
+            tasks.remove(taking_up)
             await self._shell.until_stopped(*tasks)
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
@@ -112,28 +121,42 @@ class Producer:
         finally:
             if self._timer is not None:
                 self._timer.cancel()
-            for task in tasks:
+            for task in mine:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*mine, return_exceptions=True)
             await self._publisher.stop()
+            for part in ("feed", "kafka", "journal"):
+                self._shell.health.pop(part, None)
 
-    async def _take_up(self, publishing: asyncio.Task[None]) -> Resume | None:
-        """Sends what a former process left, with its old epoch, and finds out where the log then stands."""
+    async def _take_up(self, lease: Lease, start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]) -> None:
+        """Sends what a former process left, with its old epoch, finds out where the log then stands, and claims the
+        next epoch."""
+        await self._read_log_end()
+        self._claimed = self._log_end.claims
+        lease.records(self._log_end.epoch + 1)
+        with contextlib.suppress(KafkaError, OSError):
+            await self._publisher.start()
         left = len(self._journal)
-        if left and self._log_end.epoch > self._journal.epoch:
+        superseded = left and self._log_end.epoch > self._journal.epoch
+        if superseded:
             kept = self._journal.set_aside()
             log.warning("another producer went on with the log: the journal is not sent", records=left, kept=str(kept))
-        elif left:
+        publishing = start(self._publish())
+        if left and not superseded:
             log.info("sending what the journal holds first", records=left)
             empty = asyncio.create_task(self._journal.empty())
             try:
                 await asyncio.wait({empty, publishing}, return_when=asyncio.FIRST_COMPLETED)
-                if publishing.done():
-                    publishing.result()
             finally:
                 empty.cancel()
+            if publishing.done():
+                publishing.result()
             await self._read_log_end()
-        return self._log_end.resume()
+        at_least = max(self._log_end.epoch, self._journal.epoch) + 1
+        self._claimed = await claim_epoch(self._settings, at_least, self._journal.name)
+        self._slicer = self._new_slicer(self._log_end.resume(), self._claimed)
+        lease.records(self._claimed)
+        log.info("recording", epoch=self._slicer.epoch, streams=self._streams, pairs=self._pairs)
 
     async def _read_log_end(self) -> None:
         try:
@@ -144,10 +167,10 @@ class Producer:
             where = self._settings.kafka_bootstrap_servers
             raise TapedeckError(f"Kafka at {where} cannot be read (KAFKA_BOOTSTRAP_SERVERS): {error}") from error
 
-    def _new_slicer(self, resume: Resume | None) -> Slicer:
+    def _new_slicer(self, resume: Resume | None, epoch: int | None = None) -> Slicer:
         self._tail = resume
         linger = SlicerSettings(linger_ns=self._settings.linger_ns, usual_ns=self._settings.usual_ns)
-        return Slicer(linger, self._streams, self._pairs, resume)
+        return Slicer(linger, self._streams, self._pairs, resume, epoch)
 
     async def _raise(self) -> None:
         """Raises what a timer failed with: asyncio itself would only log it."""
@@ -164,7 +187,9 @@ class Producer:
 
     def _clock(self) -> int:
         """Receive time in ns; never decreasing, whatever is done to the machine's clock."""
-        self._now = max(self._now, time.time_ns())
+        wall, at = time.time_ns(), time.monotonic_ns()
+        self._now = max(self._now + at - self._clock_at, wall) if wall < self._now else wall
+        self._clock_at = at
         return self._now
 
     # -- the feed ----------------------------------------------------------------------------------
@@ -173,7 +198,7 @@ class Producer:
         """One session after the other, with full-jitter backoff between them."""
         failures = 0
         while True:
-            self._data_since = None
+            self._data_since = self._data_last = 0
             rest = 0.0
             try:
                 await self._session()
@@ -199,7 +224,7 @@ class Producer:
                 self._shell.health["feed"] = "not connected"
                 self._slicer.lost("reconnect", self._clock())
                 self._pump()
-            flowed = self._data_since is not None and time.monotonic() - self._data_since >= GOOD_AFTER_S
+            flowed = self._data_last - self._data_since >= GOOD_AFTER_S * NS_PER_S
             failures = 0 if flowed else failures + 1
             rest += random.uniform(0, min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** max(0, failures - 1)))
             await asyncio.sleep(rest)
@@ -218,10 +243,12 @@ class Producer:
             self._counts["connects"] += 1
             wanted = set(self._params) - set(protocol.refused)
             channels = (param.split(".", 1) for param in wanted if not param.endswith(".*"))
-            self._silent = {(stream, pair) for stream, pair in channels}
+            self._silent = {(stream, pair) for stream, pair in channels} - self._delivered
             self._slicer.connected(self._clock())
             self._shell.health["feed"] = None
             watching = [asyncio.create_task(self._ping(socket)), asyncio.create_task(self._watch(socket))]
+            for task in watching:
+                task.add_done_callback(self._seen)
             try:
                 while True:
                     await self._receive(socket, protocol)
@@ -234,7 +261,7 @@ class Producer:
         data = await socket.recv(decode=False)
         now = self._clock()
         if self._record:
-            self._record.write(frame_line(Frame(now, data)))
+            self._keep(Frame(now, data))
         items = protocol.receive(data)
         for message in protocol.to_send():
             await socket.send(message, text=True)
@@ -242,17 +269,34 @@ class Producer:
             return
         self._frames += 1
         if self._silent:
-            self._silent -= {(item.head.ev, item.head.pair) for item in items if item.head}
-        if self._data_since is None:
-            self._data_since = time.monotonic()
+            self._delivered |= self._silent & {(item.head.ev, item.head.pair) for item in items if item.head}
+            self._silent -= self._delivered
+        self._data_since, self._data_last = self._data_since or now, now
         self._slicer.frame(items, now)
         self._pump()
+
+    def _keep(self, frame: Frame) -> None:
+        """Into the frames file, for as long as its disk takes it; the tape does not suffer from it."""
+        assert self._record is not None
+        try:
+            self._record.write(frame_line(frame))
+        except OSError as error:
+            log.error("frames are no longer written to the file of --record", error=str(error))
+            self._counts["errors"] += 1
+            self._record = None
+
+    def _seen(self, task: asyncio.Task[None]) -> None:
+        """A watcher that failed must not leave the session unwatched."""
+        if not task.cancelled() and (error := task.exception()) and not self._failed.done():
+            self._failed.set_exception(error)
 
     async def _ping(self, socket: ClientConnection) -> None:
         while True:
             await asyncio.sleep(PING_S)
             try:
                 await asyncio.wait_for(await socket.ping(), PONG_TIMEOUT_S)
+            except ConnectionClosed:
+                return
             except TimeoutError:
                 log.warning("no pong, the connection is half open")
                 socket.transport.abort()
@@ -281,7 +325,7 @@ class Producer:
         if self._timer is not None:
             self._timer.cancel()
         self._wakes_at = due
-        delay = max(0, due - time.time_ns()) / NS_PER_S
+        delay = max(0, due - self._clock()) / NS_PER_S
         self._timer = asyncio.get_running_loop().call_later(delay, self._due)
 
     def _due(self) -> None:
@@ -293,7 +337,8 @@ class Producer:
             if due is not None:
                 self._wake_at(due)
         except Exception as error:
-            self._failed.set_exception(error)
+            if not self._failed.done():
+                self._failed.set_exception(error)
 
     def _append(self) -> None:
         """Into the journal; when it is full, what comes is counted and lies in a gap, with a new epoch
@@ -320,9 +365,13 @@ class Producer:
 
     def _drop(self, records: list[RawRecord]) -> None:
         metrics.DROPPED.inc(sum(record.events for record in records if record.kind in ("slice", "bad")))
-        resume = self._tail and Resume(
-            self._tail.epoch, self._tail.clock_ms, self._tail.recv_ns, self._tail.last_ms, "journal"
-        )
+        resume = None
+        if self._tail is not None:
+            last = [
+                None if ms is None or since is None else min(ms, since // NS_PER_MS)
+                for ms, since in zip(self._tail.last_ms, self._slicer.missed_since, strict=True)
+            ]
+            resume = Resume(self._tail.epoch, self._tail.clock_ms, self._tail.recv_ns, last, "journal")
         connected = self._shell.health.get("feed") is None
         self._events += self._slicer.counts
         self._slicer = self._new_slicer(resume)
@@ -335,6 +384,7 @@ class Producer:
         topic = self._settings.topic_prefix + topics.RAW.name
         failures = 0
         began = time.monotonic()
+        self._journal.rewind()  # a former tenure may have ended in the middle of a round
         while True:
             records = await self._journal.next()
             last, began = began, time.monotonic()
@@ -343,7 +393,7 @@ class Producer:
                     await self._publisher.restart()
                 if failures or began - last > SESSION_S:  # it may have been frozen, and its lease lost meanwhile
                     self._log_end = await read_log_end(self._settings)
-                    if self._log_end.epoch > records[0].epoch and not self._log_end.has(records[0]):
+                    if self._log_end.claims > self._claimed:
                         raise Superseded
                 self._round_began = time.monotonic()
                 await self._publisher.publish(
@@ -448,32 +498,59 @@ async def run(shell: Shell, record: Path | None = None) -> None:
     if not settings.polygon_api_key:
         raise UsageError("POLYGON_API_KEY is not set: the feed needs a key")
     params_of(settings)
-    await kafka.prepare(settings)
     folder = settings.journal_dir / (settings.topic_prefix + topics.RAW.name)
     try:
         journal = Journal(folder, settings.journal_max_bytes)
     except OSError as error:
         raise TapedeckError(f"the journal's folder {folder} cannot be used (JOURNAL_DIR): {error}") from error
-    lease = Lease(settings, f"{sockets.gethostname()}-{folder.resolve()}-{journal.name}")
-    keeping = asyncio.create_task(lease.keep())
-    with contextlib.ExitStack() as stack:
-        stack.callback(journal.close)
-        file = stack.enter_context(record.open("ab")) if record else None
-        try:
-            while not shell.stopping.is_set():
-                held = asyncio.create_task(_wait(lease.held))
-                shell.health["lease"] = None
-                metrics.LEASE.set(0)
-                try:
-                    await shell.until_stopped(held, keeping)
-                finally:
-                    held.cancel()
-                if lease.held.is_set():
-                    metrics.LEASE.set(1)
-                    await Producer(shell, journal, file).run(lease)
-        except KafkaError as error:
-            raise TapedeckError(f"Kafka at {settings.kafka_bootstrap_servers}: {error}") from error
-        finally:
-            keeping.cancel()
-            await asyncio.gather(keeping, return_exceptions=True)
+    try:
+        await _until_stopped(shell, kafka.prepare(settings))
+        file = _open(record) if record else None
+        while not shell.stopping.is_set():
+            await _tenure(shell, journal, file)
+        if file:
+            with contextlib.suppress(OSError):
+                file.close()
+    except KafkaError as error:
+        raise TapedeckError(f"Kafka at {settings.kafka_bootstrap_servers}: {error}") from error
+    finally:
+        journal.close()
     log.info("stopped")
+
+
+def _open(path: Path) -> IO[bytes]:
+    """A frames file to append to, without the line that a killed process may have torn. Raises TapedeckError."""
+    try:
+        file = path.open("a+b")
+        if size := file.tell():
+            file.seek(max(0, size - 2 * topics.MAX_FRAME_BYTES))
+            file.truncate(size - len(file.read().rpartition(b"\n")[2]))
+    except OSError as error:
+        raise TapedeckError(f"{path} cannot be written (--record): {error}") from error
+    return file
+
+
+async def _tenure(shell: Shell, journal: Journal, file: IO[bytes] | None) -> None:
+    """Stands by until it has the lease, and records until it is stopped or has lost it."""
+    lease = Lease(shell.settings, journal.name)
+    keeping = asyncio.create_task(lease.keep())
+    held = asyncio.create_task(_wait(lease.held))
+    metrics.LEASE.set(0)
+    try:
+        await shell.until_stopped(held, keeping)
+        if lease.held.is_set() and not shell.stopping.is_set():
+            metrics.LEASE.set(1)
+            await Producer(shell, journal, file).run(lease, keeping)
+    finally:
+        held.cancel()
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+
+
+async def _until_stopped(shell: Shell, work: Coroutine[Any, Any, None]) -> None:
+    task = asyncio.create_task(work)
+    try:
+        await shell.until_stopped(task)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -6,7 +6,7 @@ record's timestamp. Bytes and receive times go in; records come out of `take()` 
 
 import contextlib
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -91,10 +91,11 @@ class Slicer:
         streams: Iterable[str],
         pairs: Iterable[str],
         resume: Resume | None = None,
+        epoch: int | None = None,
     ) -> None:
         self._settings = settings
         self._streams, self._pairs = list(streams), list(pairs)
-        self.epoch = resume.epoch + 1 if resume else 1
+        self.epoch = epoch or (resume.epoch + 1 if resume else 1)
         self.clock = FeedClock((resume.clock_ms * NS_PER_MS, resume.recv_ns) if resume else None)
         self._proven = self.clock.now
         self._numbers = [0] * PARTITIONS
@@ -138,8 +139,12 @@ class Slicer:
         stalled = self.stalled(now)
         self._connected = False
         self.flush(now)
-        if self._gaps:
-            return
+        if not self._gaps:
+            self._gaps = self._missed_since(reason, now, stalled)
+        self._unproven.clear()
+
+    def _missed_since(self, reason: str, now: int, stalled: Container[str] = ()) -> list[_Pending]:
+        """From when on each stream may have been missed, if nothing that comes is heard any more."""
         groups: dict[tuple[str, int | None], list[str]] = {}
         known = [rhythm for rhythm in self._rhythms.values() if rhythm.known]
         # Where all that can be judged are silent, those that cannot are no better, and pongs prove nothing.
@@ -150,10 +155,16 @@ class Slicer:
             proven = lately if dead else self._proven
             since = self._heard_at.get(stream) if doubted or rhythm.suspect(now) else proven
             groups.setdefault(("stall" if doubted or stream in stalled else reason, since), []).append(stream)
-        self._unproven.clear()
         # Trades first: a gap is a tick, and what closes at it must know of the gap.
-        for (why, since), streams in sorted(groups.items(), key=lambda group: "XT" not in group[1]):
-            self._gaps.append(_Pending(why, streams, [since] * PARTITIONS))
+        ordered = sorted(groups.items(), key=lambda group: "XT" not in group[1])
+        return [_Pending(why, streams, [since] * PARTITIONS) for (why, since), streams in ordered]
+
+    @property
+    def missed_since(self) -> list[int | None]:
+        """For each partition, from when on anything may have been missed as far as no record says yet, ns."""
+        since = [gap.since for gap in self._gaps] + [[self._proven] * PARTITIONS]
+        since += [[self._heard_at.get(stream)] * PARTITIONS for stream in self._unproven]
+        return [None if None in each else min(at for at in each if at is not None) for each in zip(*since, strict=True)]
 
     def pong(self, now: int) -> None:
         """An answered ping: everything the feed sent before it has arrived."""
@@ -171,7 +182,7 @@ class Slicer:
             heard[ev] = heard.get(ev, 0) + 1
         for ev, count in heard.items():
             rhythm = self._rhythms.get(ev)
-            if rhythm is not None and rhythm.heard(recv) and not self._held and not self._gaps:
+            if rhythm is not None and rhythm.heard(recv) and not self._gaps:
                 self._unproven.setdefault(ev, "silence")
             self.counts[ev if rhythm is not None else "other"] += count
         clock = self.clock
@@ -190,7 +201,7 @@ class Slicer:
             claim = _claim(head, recv)
             clock.heard(claim)
             self._hold(item, claim)
-        for stream in heard.keys() & self._rhythms.keys():
+        for stream in (heard.keys() & self._rhythms.keys()) - self._unproven.keys():
             self._heard_at[stream] = clock.now
         if not self._held:
             self._proven = self.clock.now
@@ -387,8 +398,9 @@ class Slicer:
         Without a clock there was never an event, and nothing is written."""
         self.flush(now)
         if self.clock.now is not None:
-            for partition in range(PARTITIONS):
-                self._emit_gap(partition, self._streams, self._proven, None, "stop", now)
+            for gap in self._gaps or self._missed_since("stop", now, self.stalled(now)):
+                for partition, since in enumerate(gap.since):
+                    self._emit_gap(partition, gap.streams, since, None, "stop", now)
 
     def flush(self, now: int) -> None:
         """Everything held or lingering goes out now, as after the longest wait."""

@@ -80,7 +80,7 @@ LEASE = Topic(
     "lease.producer.v1",
     "none",
     (),
-    "Holds no record: who is assigned its one partition in the producers' group is the one that records.",
+    "Who is assigned its one partition in the producers' group is the one that records; each claims its epoch here.",
     partitions=1,
 )
 

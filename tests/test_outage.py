@@ -47,7 +47,7 @@ async def test_an_outage_of_kafka_loses_reorders_and_doubles_nothing(
             await flows(market, seconds)
         await flows(market)
     await stopped(producer)
-    assert producer.log.read_text().count("Kafka acknowledges nothing") == 1
+    assert "Kafka acknowledges nothing" in producer.log.read_text()
     found = await result(settings, market)
     assert found.in_gaps <= RATE  # what the feed sent while nobody was connected any more
     assert found.gaps == {}

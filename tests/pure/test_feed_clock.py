@@ -394,3 +394,39 @@ class TestTheClockItself:
         at = clock.idle_reaches(1_004 * NS_PER_S)
         assert at == 5_004 * NS_PER_S + MARGIN_NS
         assert clock.idle(at) == 1_004 * NS_PER_S
+
+
+class TestWhatAGapKnows:
+    def test_a_stop_during_a_stall_marks_the_stall_too(self) -> None:
+        """XT has been silent from 99 s on, XQ flows, pongs come, and the stop comes before the watchdog."""
+        feed = Feed(streams=("XT", "XQ"))
+        for t in range(T0, T0 + 99_000, 250):
+            feed.at(t, xt(t), xq(t, x=2))
+        for t in range(T0 + 99_000, T0 + 107_000, 250):
+            feed.at(t, xq(t, x=2))
+        feed.stop(T0 + 107_000)
+        gaps = [json.loads(r.value) for r in feed.of("gap", 0)][1:]
+        since = {stream: gap["from"] // NS_PER_MS - T0 for gap in gaps for stream in gap["streams"]}
+        assert 98_000 < since["XT"] < 99_000
+        assert since["XQ"] > 106_000
+
+    def test_a_silence_that_ends_while_a_rogue_is_held_is_marked(self) -> None:
+        feed = Feed(streams=("XT", "XQ"))
+        for t in range(T0, T0 + 99_000, 250):
+            feed.at(t, xt(t), xq(t, x=2))
+        for t in range(T0 + 99_000, T0 + 107_000, 250):
+            feed.at(t, xq(t, x=2))
+        feed.at(T0 + 107_000, xq(T0 + 10 * MINUTE, x=3))
+        for t in range(T0 + 107_250, T0 + 112_000, 250):
+            feed.at(t, xt(t), xq(t, x=2))
+        feed.flush(T0 + 113_000)
+        marked = [json.loads(r.value) for r in feed.of("gap", 0)][1:]
+        assert [(gap["reason"], gap["streams"]) for gap in marked] == [("silence", ["XT"])]
+        assert marked[0]["from"] // NS_PER_MS - T0 < 99_000
+
+    def test_an_exchange_far_ahead_of_one_that_is_late_is_no_leader(self) -> None:
+        feed = started()
+        for t in range(T0 + 2_250, T0 + 3 * MINUTE, 250):
+            feed.at(t, xt(t), *([xt(t - 20_000, x=2, i=f"late{t}")] if t % 1_000 == 0 else []))
+        assert quarantined(feed) == []
+        assert ticked(feed)[-1] > 3 * MINUTE - 2_000

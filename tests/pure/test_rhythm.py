@@ -110,3 +110,31 @@ class TestFrozen:
         for _ in range(6):
             overdue, now = rhythm.overdue(now), now + NS_PER_S // 2
         assert overdue
+
+
+def test_a_stream_that_connecting_anew_does_not_mend_costs_the_others_ever_less() -> None:
+    rhythm, now = heard(*[1] * 60)
+    waits = []
+    for _ in range(4):
+        rhythm.listen(now)
+        began = now
+        while not rhythm.overdue(now):
+            now += NS_PER_S // 2
+        waits.append((now - began) // NS_PER_S)
+    assert waits == [10, 20, 40, 80]
+    rhythm.heard(now)
+    assert rhythm.overdue(now + 11 * NS_PER_S) is False  # first asked: it looks from here
+    rhythm.listen(now)
+    assert not rhythm.overdue(now + FLOOR)
+
+
+def test_the_wait_for_a_streams_first_event_is_no_habit_of_it() -> None:
+    """A feed of aggregates that begins 12 s before the minute ends must not think a minute's silence a stall."""
+    rhythm = Rhythm(FLOOR)
+    rhythm.listen(0)
+    now = 12 * NS_PER_S
+    for minute in range(5):
+        for frame in range(12):
+            rhythm.heard(now + minute * 60 * NS_PER_S + frame * NS_PER_S // 100)
+        for second in range(1, 60):
+            assert not rhythm.overdue(now + (minute * 60 + second) * NS_PER_S)
