@@ -217,7 +217,8 @@ def test_ctrl_c_stops_in_order_within_five_seconds_and_a_killed_demo_leaves_a_cl
     took = time.monotonic() - began
     assert not leftovers(folder)
     assert took < 5
-    assert_only(result, "no final bar", "what was on its way")  # on a machine that is too busy it says so
+    # So short a run may see no aggregate, and on a machine that is too busy it says so.
+    assert_only(result, "no final bar", "nothing was sent on XA", "what was on its way")
     assert result["left_over"] == result["extra"] == result["bars_wrong"] == result["bars_missing"] == 0
 
 
