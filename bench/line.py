@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of each latency run")
     parser.add_argument("--events", type=int, default=200_000, help="of each throughput run")
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=110)
     latency = Table(title="receive time to seen by a consumer of trades.v1, ms (min - max of the runs)")
     for name in ("events/s", "runs", "p50", "p99"):
         latency.add_column(name, justify="right")

@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=2)
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=110)
     speed = Table(title="onto Kafka, one core (min - max of the runs)")
     for name in ("events a frame", "client", "k events/s", f"x {BASE}", "CPU µs/event", "MB"):
         speed.add_column(name, justify="left" if name == "client" else "right")
