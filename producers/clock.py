@@ -7,7 +7,7 @@ are in docs/feed-clock.md.
 """
 
 from bisect import bisect_left, bisect_right
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from statistics import median_low
 from typing import NamedTuple
@@ -42,16 +42,15 @@ class FeedClock:
     def __init__(self, resume: tuple[int, int] | None = None) -> None:
         self.now: int | None = resume[0] if resume else None
         self._highest = self._last = resume
-        self._ahead: dict[int, deque[int]] = {}  # of its receive time, by exchange, its latest events
+        # of its receive time, by exchange, its latest events
+        self._ahead: defaultdict[int, deque[int]] = defaultdict(lambda: deque(maxlen=USUAL_EVENTS))
         self._leader: int | None = None
 
     def heard(self, claim: Claim) -> None:
         """Notes who speaks on this feed and how far ahead of its receive time, believed or not."""
         if claim.exchange is None:
             return
-        ahead = self._ahead.get(claim.exchange)
-        if ahead is None:
-            ahead = self._ahead[claim.exchange] = deque(maxlen=USUAL_EVENTS)
+        ahead = self._ahead[claim.exchange]
         if claim.ts is not None:
             ahead.append(claim.ts - claim.recv)
 
@@ -90,10 +89,7 @@ class FeedClock:
         if ts > highest[0] + (since if since > 0 else 0) + AHEAD_NS or ts > recv + WALL_AHEAD_NS:
             return None
         if exchange is not None:
-            ahead = self._ahead.get(exchange)
-            if ahead is None:
-                ahead = self._ahead[exchange] = deque(maxlen=USUAL_EVENTS)
-            ahead.append(ts - recv)
+            self._ahead[exchange].append(ts - recv)
             if exchange == self._leader:
                 return now
         self._last = (ts, recv)

@@ -44,7 +44,7 @@ class Place(NamedTuple):
 
 
 class _Segment:
-    """One file; `size` and `records` count whole records, `last` is the last of them that recovery found."""
+    """One file; `size` is that of its whole records. Recovery found `records` of them, `last` is the last."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,7 +64,7 @@ class _Segment:
         os.ftruncate(self.file, self.size)
         return True
 
-    def append(self, data: bytes, records: int) -> None:
+    def append(self, data: bytes) -> None:
         """All or nothing; raises OSError."""
         written, view = 0, memoryview(data)
         try:
@@ -75,7 +75,6 @@ class _Segment:
                 os.ftruncate(self.file, self.size)
             raise
         self.size += len(data)
-        self.records += records
 
     def remove(self) -> None:
         os.close(self.file)
@@ -140,22 +139,26 @@ class Journal:
             raise JournalFull(f"it has reached its limit of {self._limit:,} bytes (JOURNAL_MAX_BYTES)")
         try:
             if self._segments[self._last].size >= self._segment_bytes:
-                self._segments[self._last + 1] = _Segment(self._path(self._last + 1))
-                self._last += 1
-            self._segments[self._last].append(block, len(records))
+                self._extend()
+            self._segments[self._last].append(block)
         except OSError as error:
             raise JournalFull(f"its disk does not take more: {error}") from error
         self._pending += len(records)
         self.epoch = records[-1].epoch
         self._set()
 
+    def _extend(self) -> None:
+        """One more segment, to which is appended from now on."""
+        self._segments[self._last + 1] = _Segment(self._path(self._last + 1))
+        self._last += 1
+
     def _roll(self) -> None:
         """All is acknowledged: begins anew, for room comes back by whole segments."""
-        old, self._segments = self._segments, {self._last + 1: _Segment(self._path(self._last + 1))}
-        self._last += 1
+        old = list(self._segments)
+        self._extend()
         self._mark = self._read = Place(self._last, 0)
-        for segment in old.values():
-            segment.remove()
+        for number in old:
+            self._segments.pop(number).remove()
 
     async def next(self) -> list[RawRecord]:
         """The oldest records that were not handed out since the last `rewind`, at least one."""
@@ -218,8 +221,8 @@ class Journal:
         for segment in self._segments.values():
             os.close(segment.file)
             segment.path.rename(kept / segment.path.name)
-        self._last += 1
-        self._segments = {self._last: _Segment(self._path(self._last))}
+        self._segments.clear()
+        self._extend()
         self._mark = self._read = Place(self._last, 0)
         self._pending = self._handed = 0
         self._set()

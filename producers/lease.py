@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 from collections.abc import Iterable, Mapping
 
-import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.cluster import ClusterMetadata
 from aiokafka.coordinator.assignors.abstract import AbstractPartitionAssignor
@@ -18,8 +17,6 @@ from aiokafka.errors import KafkaError
 from schemas import topics
 from tapedeck import kafka
 from tapedeck.settings import Settings
-
-log = structlog.get_logger()
 
 SESSION_S = 6.0  # how long a killed holder keeps the others waiting; brokers allow no less
 STOP_S = 0.5

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
-from conftest import RATE, Market, Produce, Servers, flows, stopped, until
+from conftest import RATE, Market, Process, Produce, Servers, flows, stopped, until
 
 from bench.scoring import Score, raw_log, score, spans_of
 from tapedeck.embedded.ports import free_ports
@@ -35,6 +35,13 @@ async def broker_away(servers: Servers) -> AsyncIterator[None]:
         yield
     finally:
         await asyncio.to_thread(servers.broker.restart)
+
+
+async def says(producer: Process, words: str, timeout_s: float) -> None:
+    async def said() -> bool:
+        return words in producer.log.read_text()
+
+    await until(said, timeout_s)
 
 
 async def test_an_outage_of_kafka_loses_reorders_and_doubles_nothing(
@@ -100,11 +107,7 @@ async def test_one_records_and_the_other_takes_over_when_it_is_killed(
     assert "recording" in first.log.read_text()
     first.popen.kill()
     began = time.monotonic()
-
-    async def taken_over() -> bool:
-        return "subscribed" in second.log.read_text()
-
-    await until(taken_over, 20)
+    await says(second, "subscribed", 20)
     assert time.monotonic() - began < 15
     await flows(market, 2)
     await stopped(second)
@@ -121,18 +124,10 @@ async def test_a_frozen_one_that_wakes_up_finds_its_place_taken_and_writes_nothi
     second = produce(journal_dir=settings.journal_dir / "second")
     await flows(market, 2)
     first.popen.send_signal(signal.SIGSTOP)
-
-    async def taken_over() -> bool:
-        return "subscribed" in second.log.read_text()
-
-    await until(taken_over, 25)
+    await says(second, "subscribed", 25)
     await flows(market)
     first.popen.send_signal(signal.SIGCONT)
-
-    async def stands_by() -> bool:
-        return "stands by" in first.log.read_text()
-
-    await until(stands_by, 20)
+    await says(first, "stands by", 20)
     await flows(market)
     await stopped(second)
     await stopped(first)

@@ -396,14 +396,20 @@ class TestTheClockItself:
         assert clock.idle(at) == 1_004 * NS_PER_S
 
 
+def without_trades() -> Feed:
+    """Trades and quotes, and from 99 to 107 s quotes alone."""
+    feed = Feed(streams=("XT", "XQ"))
+    for t in range(T0, T0 + 99_000, 250):
+        feed.at(t, xt(t), xq(t, x=2))
+    for t in range(T0 + 99_000, T0 + 107_000, 250):
+        feed.at(t, xq(t, x=2))
+    return feed
+
+
 class TestWhatAGapKnows:
     def test_a_stop_during_a_stall_marks_the_stall_too(self) -> None:
         """XT has been silent from 99 s on, XQ flows, pongs come, and the stop comes before the watchdog."""
-        feed = Feed(streams=("XT", "XQ"))
-        for t in range(T0, T0 + 99_000, 250):
-            feed.at(t, xt(t), xq(t, x=2))
-        for t in range(T0 + 99_000, T0 + 107_000, 250):
-            feed.at(t, xq(t, x=2))
+        feed = without_trades()
         feed.stop(T0 + 107_000)
         gaps = [json.loads(r.value) for r in feed.of("gap", 0)][1:]
         since = {stream: gap["from"] // NS_PER_MS - T0 for gap in gaps for stream in gap["streams"]}
@@ -411,11 +417,7 @@ class TestWhatAGapKnows:
         assert since["XQ"] > 106_000
 
     def test_a_silence_that_ends_while_a_rogue_is_held_is_marked(self) -> None:
-        feed = Feed(streams=("XT", "XQ"))
-        for t in range(T0, T0 + 99_000, 250):
-            feed.at(t, xt(t), xq(t, x=2))
-        for t in range(T0 + 99_000, T0 + 107_000, 250):
-            feed.at(t, xq(t, x=2))
+        feed = without_trades()
         feed.at(T0 + 107_000, xq(T0 + 10 * MINUTE, x=3))
         for t in range(T0 + 107_250, T0 + 112_000, 250):
             feed.at(t, xt(t), xq(t, x=2))
