@@ -203,7 +203,7 @@ class Pipeline:
         closed, was = (t - self._settings.grace_ns for t in (tick, before))
         if closed // MINUTE_NS > was // MINUTE_NS:
             end = closed - closed % MINUTE_NS
-            value = encode(MinuteClosed(self.partition, end, self._fingerprint))
+            value = encode(MinuteClosed(self.partition, end, self._bars.missed(), self._fingerprint))
             self._out.append(Output(topics.BARS_1M.name, None, value, self._at_ms, vouches=True))
         self._repeats.tick(tick)
         self._tick = tick

@@ -6,7 +6,7 @@ import msgspec
 
 from schemas.events import MINUTE_NS, NS_PER_S
 
-VERSION = "1"
+VERSION = "2"
 
 
 class PipelineSettings(msgspec.Struct, frozen=True):

@@ -20,7 +20,8 @@ MINUTE_NS = 60 * NS_PER_S
 
 class Trade(msgspec.Struct, frozen=True):
     """One trade. Key: (symbol, exchange, trade_id). `flags`: `late` (its minute was closed, the bar is
-    revised) or `too_late` (past the lateness horizon, no bar has it)."""
+    revised), `too_late` (past the lateness horizon, no live bar has it) or `repaired` (it came over REST; then
+    its `epoch` is the repair number, negative, and `n` its place in the group)."""
 
     symbol: str
     ts_event: int
@@ -73,12 +74,25 @@ class VendorBar(msgspec.Struct, frozen=True):
     n: int
 
 
+INTERVALS_NS = {
+    "1m": MINUTE_NS,
+    "5m": 5 * MINUTE_NS,
+    "15m": 15 * MINUTE_NS,
+    "30m": 30 * MINUTE_NS,
+    "1h": 60 * MINUTE_NS,
+    "4h": 240 * MINUTE_NS,
+    "1d": 1440 * MINUTE_NS,
+}
+
+
 class Bar(msgspec.Struct, frozen=True, tag_field="kind", tag="bar"):
     """OHLCV of [start, end) from trades; the highest (repair, revision) is the one to keep.
 
-    `flags`: `partial` (trades may be missing: the recording began, broke or ended inside), `gap` (a marked
-    gap lies in it), `late` (late trades were folded in), `repaired`. `missing_ns` is how much of the bar
-    marked gaps cover and quality = 1 - missing_ns / (end - start), to four digits.
+    `notional` is the exact sum of price x size (the volume in quote currency) and vwap = notional / volume,
+    half-even to 12 significant digits. `flags`: `partial` (trades may be missing: the recording began, broke or
+    ended inside), `gap` (a marked gap lies in it), `late` (late trades were folded in), `repaired` (it, or a
+    minute in it, was made from REST). `missing_ns` is how much of the bar marked gaps cover and
+    quality = 1 - missing_ns / (end - start), to four digits. A `forming` bar is what is known of a minute still open.
     """
 
     symbol: str
@@ -91,6 +105,7 @@ class Bar(msgspec.Struct, frozen=True, tag_field="kind", tag="bar"):
     close: Decimal
     volume: Decimal
     vwap: Decimal
+    notional: Decimal
     trade_count: int
     buy_volume: Decimal
     sell_volume: Decimal
@@ -104,11 +119,33 @@ class Bar(msgspec.Struct, frozen=True, tag_field="kind", tag="bar"):
     fingerprint: str
 
 
+class Missed(msgspec.Struct, frozen=True):
+    """A gap in trades, as the bars of a partition know it; the fields are those of Gap."""
+
+    from_: int | None = msgspec.field(name="from")
+    to: int
+    pairs: list[str]
+    reason: str
+
+
 class MinuteClosed(msgspec.Struct, frozen=True, tag_field="kind", tag="minute_closed"):
-    """In band with the bars of a partition: every minute that ends at or before `end` is closed there."""
+    """In band with the bars of a partition: every minute that ends at or before `end` is closed there. `missed`:
+    the gaps in trades noted since the marker before, so that a minute that was empty is told from one missed."""
 
     partition: int
     end: int
+    missed: list[Missed]
+    fingerprint: str
+
+
+class MinuteEmpty(msgspec.Struct, frozen=True, tag_field="kind", tag="minute_empty"):
+    """In band with the bars of a partition: REST says that a symbol's minute had no trades. Ordered with the
+    bars of that minute by (repair, 0)."""
+
+    symbol: str
+    start: int
+    end: int
+    repair: int
     fingerprint: str
 
 
@@ -118,7 +155,7 @@ class Gap(msgspec.Struct, frozen=True):
     `from` is null for the time before the recording began; `pairs` may be `["*"]`. `reason`: start, away,
     stop, reconnect, stall (a stream was silent far beyond its habit), silence (a shorter one that ended by
     itself: perhaps nothing was missed), journal (the producer's was full), hole (the producer's own sends failed
-    and it never came back to them).
+    and it never came back to them), log (records were deleted before a worker had read them).
     """
 
     from_: int | None = msgspec.field(name="from")
@@ -157,6 +194,39 @@ class Quarantined(msgspec.Struct, frozen=True):
     n: int
 
 
+Severity = Literal["info", "warning", "critical"]
+
+
+class Anomaly(msgspec.Struct, frozen=True):
+    """Something worth a look, found by the detector `kind`; docs/anomalies.md defines each. Key: `id`.
+
+    `detected` is the tick at which it was found, `ts_event` the time of what it is about. `value` is what was
+    measured, `expected` what it was compared with, `score` how far they lie apart in the detector's own unit,
+    `threshold` from where on that is an anomaly; floats, for they judge and do not record. Refers to an event
+    by (epoch, partition, n) or to a bar by (symbol, interval, start, repair, revision); the others are null.
+    """
+
+    id: str
+    kind: str
+    severity: Severity
+    symbol: str | None
+    ts_event: int
+    detected: int
+    value: float | None
+    expected: float | None
+    score: float | None
+    threshold: float | None
+    detail: str
+    epoch: int | None
+    partition: int
+    n: int | None
+    interval: str | None
+    start: int | None
+    repair: int | None
+    revision: int | None
+    fingerprint: str
+
+
 _encode = msgspec.json.Encoder(decimal_format="number").encode
 _scientific = re.compile(rb"[0-9]E-").search
 
@@ -180,7 +250,8 @@ def encode(event: msgspec.Struct) -> bytes:
 decode_trade = msgspec.json.Decoder(Trade).decode
 decode_quote = msgspec.json.Decoder(Quote).decode
 decode_vendor_bar = msgspec.json.Decoder(VendorBar).decode
-decode_bar = msgspec.json.Decoder(Bar | MinuteClosed).decode
+decode_bar = msgspec.json.Decoder(Bar | MinuteClosed | MinuteEmpty).decode
 decode_gap = msgspec.json.Decoder(Gap).decode
 decode_dead_letter = msgspec.json.Decoder(DeadLetter).decode
 decode_quarantined = msgspec.json.Decoder(Quarantined).decode
+decode_anomaly = msgspec.json.Decoder(Anomaly).decode

@@ -51,16 +51,42 @@ RAW = Topic(
     retention_bytes=64 * GIB,
     max_message_bytes=MAX_RECORD_BYTES,
 )
+RAW_REST = Topic(
+    "raw.rest.v1",
+    "none",
+    (),
+    "What Polygon's REST said of the trades of a whole (pair, minute), byte for byte: a JSON array of its results, in "
+    "parts; header repair names number, pair, minute, part and parts.",
+    max_message_bytes=MAX_RECORD_BYTES,
+)
 TRADES = Topic("trades.v1", "symbol", (events.Trade,), "Every valid trade, normalised, once.")
 QUOTES = Topic("quotes.v1", "symbol", (events.Quote,), "Every valid quote, normalised.")
 VENDOR_BARS = Topic("bars.vendor.v1", "symbol", (events.VendorBar,), "Every aggregate message of the vendor.")
 BARS_1M = Topic(
     "bars.1m.v1",
     "symbol; none on minute_closed",
-    (events.Bar, events.MinuteClosed),
-    "One-minute bars from trades, again with a higher revision when late trades or gaps touch them, and a "
-    "marker when a minute is closed on the partition.",
+    (events.Bar, events.MinuteClosed, events.MinuteEmpty),
+    "One-minute bars from trades, again with a higher revision when late trades or gaps touch them or with a higher "
+    "repair when they were made anew from REST, and a marker when a minute is closed on the partition.",
 )
+ROLLUPS = {
+    interval: Topic(
+        f"bars.{interval}.v1",
+        "symbol",
+        (events.Bar,),
+        f"Bars of {interval} from those of 1m, again with a higher order when one of these changes.",
+    )
+    for interval in events.INTERVALS_NS
+    if interval != "1m"
+}
+FORMING = Topic(
+    "bars.forming.v1",
+    "symbol",
+    (events.Bar,),
+    "The open minute of each symbol that had a trade since the last tick, as it stands.",
+    retention_bytes=GIB,
+)
+ANOMALIES = Topic("anomalies.v1", "symbol", (events.Anomaly,), "What the detectors found, by event or bar.")
 GAPS = Topic("gaps.v1", "none", (events.Gap,), "Stretches in which events may have been missed.")
 DEAD_LETTERS = Topic(
     "deadletters.v1",
@@ -84,4 +110,18 @@ LEASE = Topic(
     partitions=1,
 )
 
-ALL = (RAW, TRADES, QUOTES, VENDOR_BARS, BARS_1M, GAPS, DEAD_LETTERS, QUARANTINE, LEASE)
+ALL = (
+    RAW,
+    RAW_REST,
+    TRADES,
+    QUOTES,
+    VENDOR_BARS,
+    BARS_1M,
+    *ROLLUPS.values(),
+    FORMING,
+    ANOMALIES,
+    GAPS,
+    DEAD_LETTERS,
+    QUARANTINE,
+    LEASE,
+)

@@ -48,7 +48,7 @@ def _rows(decode: Callable[[bytes], Any], time: str) -> Callable[[Sequence[bytes
         return [
             (timestamp(ns(event)), *msgspec.structs.astuple(event))
             for event in map(decode, values)
-            if not isinstance(event, events.MinuteClosed)
+            if not isinstance(event, events.MinuteClosed | events.MinuteEmpty)
         ]
 
     return rows

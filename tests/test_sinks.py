@@ -107,6 +107,7 @@ def bar(repair: int = 0, revision: int = 0, **changes: Any) -> events.Bar:
         close=D(2),
         volume=D(4),
         vwap=D("1.5"),
+        notional=D("1.5"),
         trade_count=4,
         buy_volume=D(3),
         sell_volume=D(1),
@@ -122,7 +123,7 @@ def bar(repair: int = 0, revision: int = 0, **changes: Any) -> events.Bar:
     return msgspec.structs.replace(made, **changes)
 
 
-MARKER = events.MinuteClosed(partition=0, end=START_NS + MINUTE_NS, fingerprint="f")
+MARKER = events.MinuteClosed(partition=0, end=START_NS + MINUTE_NS, missed=[], fingerprint="f")
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from decimal import Decimal
 
-from schemas.events import MINUTE_NS, Bar, Gap, Trade
+from schemas.events import MINUTE_NS, Bar, Gap, Missed, Trade
 from schemas.numbers import EXACT, VWAP, ZERO, canonical
 
 _QUALITY = Decimal("0.0001")
@@ -93,6 +93,7 @@ class Bars:
         self._fingerprint = fingerprint
         self._minutes: dict[int, dict[str, _Minute]] = {}
         self._gaps: list[_SeenGap] = []
+        self._missed: list[Missed] = []  # gaps in trades since the last marker
         self._oldest = 0  # the first minute that may still change
 
     def closed(self, start: int, tick: int) -> bool:
@@ -122,6 +123,8 @@ class Bars:
         """Notes a gap; `tick` is the last tick before it. Closed bars that it touches are revised."""
         seen = _SeenGap(gap, tick)
         self._gaps.append(seen)
+        if "XT" in gap.streams:
+            self._missed.append(Missed(gap.from_, gap.to, gap.pairs, gap.reason))
         for start, symbols in self._minutes.items():
             if self.closed(start, tick):
                 for symbol, minute in symbols.items():
@@ -147,6 +150,11 @@ class Bars:
         if self._gaps and min(g.gap.to for g in self._gaps) < self._oldest:
             self._gaps = [g for g in self._gaps if g.gap.to >= self._oldest]
         return bars
+
+    def missed(self) -> list[Missed]:
+        """The gaps in trades noted since this was asked the last time."""
+        missed, self._missed = self._missed, []
+        return missed
 
     def close(self, tick: int) -> list[Bar]:
         """Every bar still open or changed, as if the recording ended at the tick: the open are `partial`.
@@ -185,6 +193,7 @@ class Bars:
             minute.close,
             canonical(minute.volume),
             canonical(VWAP.divide(minute.notional, minute.volume)),
+            canonical(minute.notional),
             minute.count,
             canonical(minute.buy),
             canonical(minute.sell),
@@ -204,6 +213,7 @@ class Bars:
         return (
             {start: {s: m.state() for s, m in symbols.items()} for start, symbols in self._minutes.items()},
             [(g.gap, max(g.before, self._oldest)) for g in self._gaps],
+            list(self._missed),
         )
 
 

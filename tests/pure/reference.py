@@ -160,6 +160,7 @@ class Reference:
             "low": min(seen.price for seen in trades),
             "close": trades[-1].price,
             "volume": volume,
+            "notional": sum((seen.price * seen.size for seen in trades), Fraction(0)),
             "vwap": twelve_digits(sum((seen.price * seen.size for seen in trades), Fraction(0)) / volume),
             "trade_count": len(trades),
             "buy_volume": sum(seen.size for seen in trades if seen.side == "buy"),

@@ -247,6 +247,7 @@ class TestWhenItComes:
             "kind": "minute_closed",
             "partition": 1,
             "end": (T0 + MINUTE) * NS_PER_MS,
+            "missed": [{"from": None, "to": (T0 - SECOND) * NS_PER_MS, "pairs": ["*"], "reason": "start"}],
             "fingerprint": SETTINGS.fingerprint(),
         }
 
