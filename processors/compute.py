@@ -36,8 +36,9 @@ def compute(
         for offset, record in records:
             pipeline = pipelines.get(record.partition)
             if pipeline is None:
-                run_in = RUN_IN_RECORDS if offset else 0
-                pipeline = pipelines[record.partition] = Pipeline(record.partition, settings, run_in)
+                middle = offset > 0
+                run_in = RUN_IN_RECORDS if middle else 0
+                pipeline = pipelines[record.partition] = Pipeline(record.partition, settings, run_in, middle)
             write(pipeline.process(record))
         if close:
             for _, pipeline in sorted(pipelines.items()):

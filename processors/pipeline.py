@@ -25,9 +25,11 @@ from schemas.events import (
     MinuteClosed,
     Quarantined,
     encode,
+    encode_ready,
 )
 from schemas.raw import RawRecord, decode_gap_value, text_of
 
+NO_HEADERS: list[tuple[str, bytes]] = []
 RUN_IN_RECORDS = 1_000  # more than a producer ever has in flight on a partition
 
 
@@ -40,12 +42,28 @@ class Output(NamedTuple):
     value: bytes
     timestamp_ms: int
     vouches: bool = False
+    headers: list[tuple[str, bytes]] = NO_HEADERS
+
+
+class TooFarAhead(Exception):
+    """The event is to be quarantined."""
+
+    def __init__(self, symbol: str, ts: int) -> None:
+        self.symbol, self.ts = symbol, ts
 
 
 class Pipeline:
-    """The state of one partition. `run_in` takes up a log in its middle (see ResendFilter)."""
+    """The state of one partition. `run_in` takes up a log in its middle (see ResendFilter). `lost`: what came before
+    its first record was deleted, which makes a gap; `lost_since` says from when on, in ms, where it is known."""
 
-    def __init__(self, partition: int, settings: PipelineSettings, run_in: int = 0) -> None:
+    def __init__(
+        self,
+        partition: int,
+        settings: PipelineSettings,
+        run_in: int = 0,
+        lost: bool = False,
+        lost_since: int | None = None,
+    ) -> None:
         self.partition = partition
         self.counts: Counter[str] = Counter()
         self._settings = settings
@@ -53,6 +71,7 @@ class Pipeline:
         self._filter = ResendFilter(run_in)
         self._repeats = Repeats(settings.lateness_ns)
         self._bars = Bars(settings.lateness_ns, settings.grace_ns, self._fingerprint)
+        self._lost, self._lost_since = lost, lost_since
         self._tick: int | None = None
         self._out: list[Output] = []
         self._at_ms = 0
@@ -85,10 +104,11 @@ class Pipeline:
         at = record.timestamp_ms * NS_PER_MS
         if self._tick is None:
             self._tick = at - at % NS_PER_S
-        if hole is not None:
-            since = None if hole.since_ms is None else hole.since_ms * NS_PER_MS
-            streams = list(wire.STREAMS)
-            self._note(Gap(since, at, streams, ["*"], "hole", record.epoch, self.partition, record.n))
+        if self._lost:
+            self._lost = False
+            self._missed("log", self._lost_since, at, record)
+        elif hole is not None:
+            self._missed("hole", hole.since_ms, at, record)
         match record.kind:
             case "slice":
                 self._slice(record)
@@ -127,52 +147,52 @@ class Pipeline:
             reason = f"slice holds {len(messages)} events, its header counts {len(recvs)}"
             self._dead(record.value, reason, recvs[0], record.epoch, record.n)
             return
-        for index, message in enumerate(messages):
-            n = record.n + index
+        n = record.n
+        for message, recv in zip(messages, recvs, strict=True):
             try:
-                if isinstance(message, wire.XT):
-                    self._trade(message, record, index, recvs[index], n)
-                elif isinstance(message, wire.XQ):
-                    self._quote(message, record, index, recvs[index], n)
+                if isinstance(message, wire.XQ):
+                    self._quote(message, record.epoch, recv, n)
+                elif isinstance(message, wire.XT):
+                    self._trade(message, record.epoch, recv, n)
                 elif isinstance(message, str):
                     raise normalize.CannotNormalize(message)
                 else:
-                    self._vendor_bar(message, record, index, recvs[index], n)
-            except normalize.CannotNormalize as error:
+                    self._vendor_bar(message, record.epoch, recv, n)
+            except (normalize.CannotNormalize, TooFarAhead) as error:
                 parts = parts or wire.split_array(record.value)
-                self._dead(bytes(parts[index]), str(error), recvs[index], record.epoch, n)
+                data = bytes(parts[n - record.n])
+                if isinstance(error, TooFarAhead):
+                    self._quarantine(error, data, recv, record.epoch, n)
+                else:
+                    self._dead(data, str(error), recv, record.epoch, n)
+            n += 1
 
-    def _trade(self, message: wire.XT, record: RawRecord, index: int, recv: int, n: int) -> None:
-        tick = self._tick or 0
-        flags: list[str] = []
-        trade = normalize.trade(message, recv, flags, record.epoch, self.partition, n)
-        ts = trade.ts_event
+    def _trade(self, message: wire.XT, epoch: int, recv: int, n: int) -> None:
+        trade, price, size = normalize.trade(message, recv, normalize.NO_FLAGS, epoch, self.partition, n)
+        ts, tick = trade.ts_event, self._tick or 0
         if ts > tick + self._settings.ahead_ns:
-            self._quarantine(trade.symbol, ts, recv, record, index, n)
-            return
+            raise TooFarAhead(trade.symbol, ts)
         if ts < tick - self._settings.lateness_ns:
-            flags.append("too_late")
-        elif self._repeats.seen(message, trade.symbol, ts):
+            trade = msgspec.structs.replace(trade, flags=["too_late"])
+        elif self._repeats.seen(trade.symbol, trade.exchange, trade.trade_id, ts):
             self.counts["duplicate"] += 1
             return
         else:
             if self._bars.closed(ts - ts % MINUTE_NS, tick):
-                flags.append("late")
-            self._bars.add(trade, tick)
-        self._emit(topics.TRADES, trade.symbol, encode(trade))
+                trade = msgspec.structs.replace(trade, flags=["late"])
+            self._bars.add(trade, price.exact, size.exact, tick)
+        self._emit(topics.TRADES, trade.symbol, encode_ready(trade))
 
-    def _quote(self, message: wire.XQ, record: RawRecord, index: int, recv: int, n: int) -> None:
-        quote = normalize.quote(message, recv, record.epoch, self.partition, n)
+    def _quote(self, message: wire.XQ, epoch: int, recv: int, n: int) -> None:
+        quote, _bid, _ask = normalize.quote(message, recv, epoch, self.partition, n)
         if quote.ts_event > (self._tick or 0) + self._settings.ahead_ns:
-            self._quarantine(quote.symbol, quote.ts_event, recv, record, index, n)
-            return
-        self._emit(topics.QUOTES, quote.symbol, encode(quote))
+            raise TooFarAhead(quote.symbol, quote.ts_event)
+        self._emit(topics.QUOTES, quote.symbol, encode_ready(quote))
 
-    def _vendor_bar(self, message: wire.XA | wire.XAS, record: RawRecord, index: int, recv: int, n: int) -> None:
-        bar = normalize.vendor_bar(message, recv, record.epoch, self.partition, n)
+    def _vendor_bar(self, message: wire.XA | wire.XAS, epoch: int, recv: int, n: int) -> None:
+        bar = normalize.vendor_bar(message, recv, epoch, self.partition, n)
         if bar.start > (self._tick or 0) + self._settings.ahead_ns:
-            self._quarantine(bar.symbol, bar.start, recv, record, index, n)
-            return
+            raise TooFarAhead(bar.symbol, bar.start)
         self._emit(topics.VENDOR_BARS, bar.symbol, encode(bar))
 
     # -- time --------------------------------------------------------------------------------------
@@ -190,6 +210,11 @@ class Pipeline:
         self._note(Gap(since, to, gap.streams, gap.pairs, gap.reason, record.epoch, self.partition, record.n))
         self._advance(at)
 
+    def _missed(self, reason: str, since_ms: int | None, at: int, record: RawRecord) -> None:
+        """All streams, up to a record that stands in the log."""
+        since = None if since_ms is None else min(since_ms * NS_PER_MS, at)
+        self._note(Gap(since, at, list(wire.STREAMS), ["*"], reason, record.epoch, self.partition, record.n))
+
     def _note(self, gap: Gap) -> None:
         self._bars.gap(gap, self._tick or 0)
         self._emit(topics.GAPS, None, encode(gap))
@@ -198,8 +223,11 @@ class Pipeline:
         before = self._tick or 0
         if tick < before:
             return
-        for bar in self._bars.tick(before, tick):
+        final, forming = self._bars.tick(before, tick)
+        for bar in final:
             self._emit(topics.BARS_1M, bar.symbol, encode(bar))
+        for bar in forming:
+            self._emit(topics.FORMING, bar.symbol, encode(bar))
         closed, was = (t - self._settings.grace_ns for t in (tick, before))
         if closed // MINUTE_NS > was // MINUTE_NS:
             end = closed - closed % MINUTE_NS
@@ -226,16 +254,15 @@ class Pipeline:
         letter = DeadLetter(reason, recv, *text_of(data), epoch, self.partition, n)
         self._emit(topics.DEAD_LETTERS, None, encode(letter))
 
-    def _quarantine(self, symbol: str, ts: int, recv: int, record: RawRecord, index: int, n: int) -> None:
+    def _quarantine(self, ahead: TooFarAhead, data: bytes, recv: int, epoch: int, n: int) -> None:
         self.counts["quarantined"] += 1
-        data = bytes(wire.split_array(record.value)[index])
-        ahead = ts - (self._tick or 0)
-        event = Quarantined(symbol, ts, recv, ahead, *text_of(data), record.epoch, self.partition, n)
-        self._emit(topics.QUARANTINE, symbol, encode(event))
+        ahead_ns = ahead.ts - (self._tick or 0)
+        event = Quarantined(ahead.symbol, ahead.ts, recv, ahead_ns, *text_of(data), epoch, self.partition, n)
+        self._emit(topics.QUARANTINE, ahead.symbol, encode(event))
 
     def state(self) -> object:
         """Everything that later outputs depend on, comparable."""
-        return (self._filter.state(), self._tick, self._repeats.state(), self._bars.state())
+        return (self._filter.state(), self._lost, self._tick, self._repeats.state(), self._bars.state())
 
 
 def _message(part: msgspec.Raw) -> wire.Message | str:

@@ -8,23 +8,24 @@ after a silence, it all begins again from the time of that one.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from processors.pipeline import RUN_IN_RECORDS, Pipeline
 from processors.settings import PipelineSettings
+from processors.stages import RAW, Machine, Stage
+from schemas import topics
 from schemas.events import NS_PER_MS
-from schemas.raw import NotARawRecord, RawRecord, from_kafka
+from schemas.raw import NotARawRecord
 from tapedeck import kafka
 from tapedeck.errors import TapedeckError
 from tapedeck.settings import Settings
 
 
 class Log(Protocol):
-    """A partition of the raw topic, as a rebuild reads it; `begin` is the first offset there is."""
+    """A partition of a stage's topic, as a rebuild reads it; `begin` is the first offset there is."""
 
     begin: int
 
@@ -34,20 +35,21 @@ class Log(Protocol):
     async def first_since(self, timestamp_ms: int) -> int | None:
         """The first record, in the order of offsets, that is not older; None: there is none."""
 
-    def records(self, first: int, end: int) -> AsyncIterator[RawRecord]:
-        """The raw records from `first` to before `end`; what is no raw record is left out."""
+    def records(self, first: int, end: int) -> AsyncIterator[Any]:
+        """The records from `first` to before `end`; what is none of the topic's is left out."""
 
 
 async def replay(
-    log: Log, partition: int, settings: PipelineSettings, offset: int, run_in: int = RUN_IN_RECORDS
-) -> Pipeline:
-    """The pipeline as it stands before `offset`. Pure but for what the log does."""
+    log: Log, stage: Stage, partition: int, settings: PipelineSettings, offset: int, lost_since: int | None = None
+) -> Machine:
+    """The stage as it stands before `offset`. Pure but for what the log does. `lost_since`: see Pipeline."""
     newest_ms = await log.timestamp_ms(offset - 1) if offset > log.begin else 0
+    memory_ms = -(-stage.make(partition, settings, 0, False, None).memory_ns // NS_PER_MS)
     while True:
-        memory_ms = -(-Pipeline(partition, settings).memory_ns // NS_PER_MS)
         found = await log.first_since(max(0, newest_ms - memory_ms))
-        first = max(log.begin, min(offset, offset if found is None else found) - run_in)
-        state = Pipeline(partition, settings, run_in if first else 0)
+        first = max(log.begin, min(offset, offset if found is None else found) - stage.run_in)
+        lost = 0 < first == log.begin
+        state = stage.make(partition, settings, stage.run_in if first else 0, lost, lost_since)
         async for record in log.records(first, offset):
             state.process(record)
         taken_ms = state.taken_ms or 0
@@ -57,22 +59,52 @@ async def replay(
         newest_ms = taken_ms
 
 
-async def rebuild(settings: Settings, pipeline: PipelineSettings, place: TopicPartition, offset: int) -> Pipeline:
-    """The pipeline as it stands before `offset`. Gives way between fetches. Raises TapedeckError."""
+async def rebuild(
+    settings: Settings,
+    pipeline: PipelineSettings,
+    stage: Stage,
+    place: TopicPartition,
+    offset: int,
+    moved: Callable[[], None],
+) -> Machine:
+    """The stage as it stands before `offset`. Gives way between fetches, and says each time that it `moved`. Raises
+    TapedeckError."""
     reader = await kafka.consumer(settings, place)
     try:
         begin = (await reader.beginning_offsets([place]))[place]
-        return await replay(_KafkaLog(reader, place, begin), place.partition, pipeline, offset)
+        lost_since = await _newest_bars(settings, place.partition) if 0 < offset == begin and stage is RAW else None
+        log = _KafkaLog(reader, stage, place, begin, moved)
+        return await replay(log, stage, place.partition, pipeline, offset, lost_since)
     except KafkaError as error:
         raise TapedeckError(f"the state of {place} cannot be rebuilt: {error}") from error
     finally:
         await reader.stop()
 
 
+async def _newest_bars(settings: Settings, partition: int) -> int | None:
+    """The time of the newest record in the bars of a partition, ms: until then the raw log was worked through,
+    when the records after it were deleted before a worker had read them."""
+    place = TopicPartition(settings.topic_prefix + topics.BARS_1M.name, partition)
+    reader = await kafka.consumer(settings, place)
+    try:
+        end = (await reader.end_offsets([place]))[place]
+        if end == (await reader.beginning_offsets([place]))[place]:
+            return None
+        reader.seek(place, end - 1)
+        timestamp: int = (await reader.getone(place)).timestamp
+        return timestamp
+    finally:
+        await reader.stop()
+
+
 class _KafkaLog:
-    def __init__(self, reader: AIOKafkaConsumer, place: TopicPartition, begin: int) -> None:
+    def __init__(
+        self, reader: AIOKafkaConsumer, stage: Stage, place: TopicPartition, begin: int, moved: Callable[[], None]
+    ) -> None:
         self._reader = reader
+        self._stage = stage
         self._place = place
+        self._moved = moved
         self.begin = begin
 
     async def timestamp_ms(self, offset: int) -> int:
@@ -84,7 +116,7 @@ class _KafkaLog:
         found = (await self._reader.offsets_for_times({self._place: timestamp_ms}))[self._place]
         return found.offset if found else None
 
-    async def records(self, first: int, end: int) -> AsyncIterator[RawRecord]:
+    async def records(self, first: int, end: int) -> AsyncIterator[Any]:
         self._reader.seek(self._place, first)
         position = first
         while position < end:
@@ -93,8 +125,9 @@ class _KafkaLog:
                 if record.offset >= end:
                     break
                 try:
-                    yield from_kafka(record.partition, record.timestamp, record.headers, record.value)
+                    yield self._stage.read(record.partition, record.timestamp, record.headers, record.value)
                 except NotARawRecord:
                     continue
+                self._moved()
             position = await self._reader.position(self._place)
             await asyncio.sleep(0)

@@ -8,7 +8,8 @@ acknowledged, in order, after the broker took everything made from it; any unexp
 import asyncio
 import tempfile
 import time
-from collections import Counter, deque
+from collections import deque
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import faust
@@ -17,13 +18,15 @@ import structlog
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from processors.pipeline import Output, Pipeline
+from processors import stages
+from processors.pipeline import Output
 from processors.rebuild import rebuild
 from processors.settings import PipelineSettings
+from processors.stages import RAW, Machine, Stage
 from processors.transport import PromptTransport
 from schemas import topics
 from schemas.events import NS_PER_S
-from schemas.raw import NotARawRecord, RawRecord, from_kafka
+from schemas.raw import NotARawRecord
 from tapedeck import kafka, metrics
 from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.settings import Settings
@@ -33,16 +36,20 @@ log = structlog.get_logger()
 
 PENDING_OUTPUTS = 20_000  # outputs not yet acknowledged, past which reading waits
 LINGER_S = 0.004  # rounds of a few records cost as much as rounds of a thousand
-WAITING_RECORDS = 10_000  # records of a partition that is being rebuilt, past which reading waits
+WAITING_RECORDS = 1_000  # records of a partition that is being rebuilt, past which it is not read on
+STALLED_S = 60.0
+
+Batches = dict[tuple[str, int], list[Output]]
 
 
 class Partition:
-    """A partition of the raw topic: its pipeline, the next offset, and what waits while it is rebuilt."""
+    """A partition of a stage's topic: its state, the next offset, and what waits while it is rebuilt."""
 
-    def __init__(self) -> None:
-        self.pipeline: Pipeline | None = None
-        self.next_offset = -1  # of the pipeline
-        self.expected = -1  # of the delivery, which runs ahead while the pipeline is rebuilt
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.machine: Machine | None = None
+        self.next_offset = -1  # of the machine
+        self.expected = -1  # of the delivery, which runs ahead while the machine is rebuilt
         self.waiting: deque[Any] = deque()
         self.rebuilding: asyncio.Task[None] | None = None
 
@@ -50,18 +57,21 @@ class Partition:
 class Processor:
     """Takes Faust events in, keeps outputs and acknowledgements in order."""
 
-    def __init__(self, shell: Shell) -> None:
+    def __init__(self, shell: Shell, app: faust.App) -> None:
         self._shell = shell
+        self._app = app
         self._settings = shell.settings
         self._pipeline = PipelineSettings(self._settings.lateness_ns, self._settings.grace_ns)
         self._publisher = kafka.Publisher(self._settings)
-        self._partitions: dict[int, Partition] = {}
-        self._outputs: list[kafka.Message] = []
-        self._vouching: list[kafka.Message] = []
+        self._partitions: dict[tuple[str, int], Partition] = {}
+        self._outputs: Batches = {}
+        self._vouching: Batches = {}
+        self._pending = 0
         self._events: list[Any] = []
         self._filled = asyncio.Event()
         self._roomy = asyncio.Event()
         self._roomy.set()
+        self._moved_at = time.monotonic()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def fail(self, error: BaseException) -> None:
@@ -82,33 +92,41 @@ class Processor:
         """Faust has its partitions; none is well too, for there may be more workers than partitions."""
         self._shell.health["partitions"] = None
 
-    async def consume(self, stream: Any) -> None:
-        """The agent. It never ends by an exception of its own."""
-        try:
-            async for event in stream.noack().events():
-                await self._take(event)
-        except Exception as error:
-            self.fail(error)
-            await asyncio.Event().wait()
+    def agent(self, stage: Stage) -> Callable[[Any], Awaitable[None]]:
+        """Consumes the stage's topic. It never ends by an exception of its own."""
 
-    async def _take(self, event: Any) -> None:
-        await self._roomy.wait()
-        offset = event.message.offset
-        partition = self._partitions.setdefault(event.message.partition, Partition())
+        async def consume(stream: Any) -> None:
+            try:
+                async for event in stream.noack().events():
+                    await self._roomy.wait()
+                    self._take(stage, event)
+            except Exception as error:
+                self.fail(error)
+                await asyncio.Event().wait()
+
+        return consume
+
+    def _take(self, stage: Stage, event: Any) -> None:
+        message = event.message
+        offset = message.offset
+        partition = self._partitions.get((message.topic, message.partition))
+        if partition is None:
+            partition = self._partitions[message.topic, message.partition] = Partition(stage)
         continues, partition.expected = offset == partition.expected, offset + 1
         if not continues:  # new here, or delivered from elsewhere: what is under way is for nothing
             if partition.rebuilding is not None:
                 partition.rebuilding.cancel()
-            partition.pipeline, partition.rebuilding, partition.waiting = None, None, deque([event])
+            partition.machine, partition.rebuilding, partition.waiting = None, None, deque([event])
             if offset:
-                partition.rebuilding = asyncio.create_task(self._rebuild(partition, event.message))
+                partition.rebuilding = asyncio.create_task(self._rebuild(partition, message))
                 return
-            partition.pipeline, partition.next_offset = Pipeline(event.message.partition, self._pipeline), 0
+            partition.machine = stage.make(message.partition, self._pipeline, 0, False, None)
+            partition.next_offset = 0
             self._process(partition, partition.waiting.popleft())
         elif partition.rebuilding is not None:
             partition.waiting.append(event)
-            if len(partition.waiting) > WAITING_RECORDS:
-                await asyncio.wait({partition.rebuilding})
+            if len(partition.waiting) > WAITING_RECORDS:  # again each time, for a rebalance resumes it
+                self._app.consumer.pause_partitions({message.tp})
         else:
             self._process(partition, event)
 
@@ -117,13 +135,17 @@ class Processor:
         started = time.perf_counter()
         place = TopicPartition(first.topic, first.partition)
         try:
-            partition.pipeline = await rebuild(self._settings, self._pipeline, place, first.offset)
+            partition.machine = await rebuild(
+                self._settings, self._pipeline, partition.stage, place, first.offset, self._moved
+            )
             partition.next_offset = first.offset
             while partition.waiting:
                 self._process(partition, partition.waiting.popleft())
                 if len(partition.waiting) % 100 == 99:
                     await asyncio.sleep(0)
+                    await self._roomy.wait()
             partition.rebuilding = None
+            self._app.consumer.resume_partitions({first.tp})
         except Exception as error:
             self.fail(error)
             return
@@ -132,62 +154,94 @@ class Processor:
 
     def _process(self, partition: Partition, event: Any) -> None:
         message = event.message
-        pipeline = partition.pipeline
-        assert pipeline is not None
+        machine = partition.machine
+        assert machine is not None
         if message.offset != partition.next_offset:
             raise RuntimeError(f"offset {message.offset} came where {partition.next_offset} was next")
-        outputs = self._run(pipeline, message)
+        outputs = self._run(partition.stage, machine, message)
         partition.next_offset = message.offset + 1
-        prefix = self._settings.topic_prefix
         for output in outputs:
-            record = kafka.Message(
-                prefix + output.topic, message.partition, output.key, output.value, output.timestamp_ms, []
-            )
-            (self._vouching if output.vouches else self._outputs).append(record)
+            batches = self._vouching if output.vouches else self._outputs
+            place = (output.topic, message.partition)
+            batch = batches.get(place)
+            if batch is None:
+                batch = batches[place] = []
+            batch.append(output)
+        self._pending += len(outputs)
         self._events.append(event)
         self._filled.set()
-        if len(self._outputs) > PENDING_OUTPUTS:
+        if self._pending > PENDING_OUTPUTS:
             self._roomy.clear()
-        if pipeline.tick is not None:
-            metrics.WATERMARK.labels(message.partition).set(pipeline.tick / NS_PER_S)
+        if machine.tick is not None and partition.stage is RAW:
+            metrics.WATERMARK.labels(message.partition).set(machine.tick / NS_PER_S)
 
     @staticmethod
-    def _run(pipeline: Pipeline, message: Any) -> list[Output]:
+    def _run(stage: Stage, machine: Machine, message: Any) -> list[Output]:
         timestamp_ms = round(message.timestamp * 1000)
         headers = message.headers.items() if isinstance(message.headers, dict) else message.headers
         try:
-            raw: RawRecord = from_kafka(message.partition, timestamp_ms, headers, message.value)
+            record = stage.read(message.partition, timestamp_ms, headers, message.value)
         except NotARawRecord as error:
-            return pipeline.foreign(message.value or b"", timestamp_ms, str(error))
-        before = dict(pipeline.counts)
-        outputs = pipeline.process(raw)
-        for name, count in pipeline.counts.items():
-            added = count - before.get(name, 0)
-            if added:
-                kind = metrics.PROCESSED if name in ("take", "resend", "overtook", "zombie") else metrics.PIPELINE
-                kind.labels(name).inc(added)
+            return machine.foreign(message.value or b"", timestamp_ms, str(error))
+        outputs = machine.process(record)
+        for name, count in machine.counts.items():
+            kind = metrics.PROCESSED if name in ("take", "resend", "overtook", "zombie") else metrics.PIPELINE
+            kind.labels(name).inc(count)
+        machine.counts.clear()
         return outputs
 
     async def flush(self) -> None:
         """One round after the other: outputs, then the markers that vouch for them, then acknowledgements."""
+        prefix = self._settings.topic_prefix
         try:
             while True:
                 await self._filled.wait()
                 await asyncio.sleep(LINGER_S)
                 self._filled.clear()
-                outputs, self._outputs = self._outputs, []
-                vouching, self._vouching = self._vouching, []
+                outputs, self._outputs = self._outputs, {}
+                vouching, self._vouching = self._vouching, {}
                 events, self._events = self._events, []
+                self._pending = 0
                 self._roomy.set()
                 for part in (outputs, vouching):
                     if part:
-                        await self._publisher.publish(part)
-                        for topic, count in Counter(message.topic for message in part).items():
-                            metrics.OUTPUTS.labels(topic.removeprefix(self._settings.topic_prefix)).inc(count)
+                        await self._publisher.publish_batches(
+                            {(prefix + t, p): batch for (t, p), batch in part.items()}
+                        )
+                        for (topic, _), batch in part.items():
+                            metrics.OUTPUTS.labels(topic).inc(len(batch))
                 for event in events:
                     event.ack()
+                self._moved()
         except Exception as error:
             self.fail(error)
+
+    def _moved(self) -> None:
+        self._moved_at = time.monotonic()
+
+    async def watch(self) -> None:
+        """Raises TapedeckError when nothing has moved for long though there is something to read: Faust can sit on
+        an assignment for ever, and a process that ends is started again."""
+        while True:
+            await asyncio.sleep(max(1.0, self._moved_at + STALLED_S - time.monotonic()))
+            if time.monotonic() - self._moved_at < STALLED_S:
+                continue
+            if lag := await self._lag():
+                raise TapedeckError(f"no progress for {STALLED_S:g} s though {lag} records wait to be read")
+            self._moved()
+
+    async def _lag(self) -> int:
+        """Records of the assigned partitions that are not processed yet; asked of the broker by another client."""
+        places = {TopicPartition(tp.topic, tp.partition) for tp in self._app.consumer.assignment()}
+        if not places:
+            return 0
+        reader = await kafka.consumer(self._settings, *places)
+        try:
+            ends = await reader.end_offsets(places)
+        finally:
+            await reader.stop()
+        known = {place: self._partitions.get(place) for place in places}
+        return sum(max(0, ends[place] - (p.next_offset if p else 0)) for place, p in known.items())
 
 
 def faust_app(settings: Settings) -> faust.App:
@@ -233,24 +287,27 @@ async def run(shell: Shell) -> None:
     settings = shell.settings
     await kafka.prepare(settings)
     app = faust_app(settings)
-    processor = Processor(shell)
+    processor = Processor(shell, app)
     shell.health["partitions"] = "none yet"
     app.on_rebalance_complete.connect(processor.assigned, weak=False)
     try:
         await processor.start()
     except KafkaError as error:
         raise TapedeckError(f"Kafka at {settings.kafka_bootstrap_servers}: {error}") from error
-    raw = app.topic(settings.topic_prefix + topics.RAW.name, value_type=bytes, value_serializer="raw", key_type=bytes)
-    app.agent(raw, name="pipeline")(processor.consume)
+    for stage in stages.ALL:
+        name = settings.topic_prefix + stage.topic.name
+        topic = app.topic(name, value_type=bytes, value_serializer="raw", key_type=bytes)
+        app.agent(topic, name=stage.topic.name)(processor.agent(stage))
     flushing = asyncio.create_task(processor.flush())
     serving = asyncio.create_task(_serve(app))
+    watching = asyncio.create_task(processor.watch())
     failing = asyncio.create_task(_raise(processor.failed))
     try:
-        await shell.until_stopped(serving, failing)
+        await shell.until_stopped(serving, watching, failing)
     finally:
-        flushing.cancel()
-        failing.cancel()
-        await asyncio.gather(flushing, failing, return_exceptions=True)
+        for task in (flushing, watching, failing):
+            task.cancel()
+        await asyncio.gather(flushing, watching, failing, return_exceptions=True)
         await app.stop()
         await asyncio.gather(serving, return_exceptions=True)
         await processor.stop()

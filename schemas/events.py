@@ -18,7 +18,7 @@ NS_PER_S = 1_000_000_000
 MINUTE_NS = 60 * NS_PER_S
 
 
-class Trade(msgspec.Struct, frozen=True):
+class Trade(msgspec.Struct, frozen=True, gc=False):
     """One trade. Key: (symbol, exchange, trade_id). `flags`: `late` (its minute was closed, the bar is
     revised), `too_late` (past the lateness horizon, no live bar has it) or `repaired` (it came over REST; then
     its `epoch` is the repair number, negative, and `n` its place in the group)."""
@@ -39,7 +39,7 @@ class Trade(msgspec.Struct, frozen=True):
     n: int
 
 
-class Quote(msgspec.Struct, frozen=True):
+class Quote(msgspec.Struct, frozen=True, gc=False):
     """Best bid and ask. Key: its identity, for equal quotes in one millisecond are all real."""
 
     symbol: str
@@ -227,7 +227,8 @@ class Anomaly(msgspec.Struct, frozen=True):
     fingerprint: str
 
 
-_encode = msgspec.json.Encoder(decimal_format="number").encode
+#: The JSON of an event whose decimals are ready-made (numbers.Number.json).
+encode_ready = msgspec.json.Encoder(decimal_format="number").encode
 _scientific = re.compile(rb"[0-9]E-").search
 
 
@@ -236,7 +237,7 @@ def encode(event: msgspec.Struct) -> bytes:
 
     msgspec writes str() of a decimal, which is scientific below 1e-6: those few are written anew.
     """
-    value = _encode(event)
+    value = encode_ready(event)
     if b"E-" not in value or not _scientific(value):
         return value
     tiny: dict[str, Any] = {
@@ -244,7 +245,7 @@ def encode(event: msgspec.Struct) -> bytes:
         for name, number in msgspec.structs.asdict(event).items()
         if isinstance(number, Decimal) and number.adjusted() < -6
     }
-    return _encode(msgspec.structs.replace(event, **tiny))
+    return encode_ready(msgspec.structs.replace(event, **tiny))
 
 
 decode_trade = msgspec.json.Decoder(Trade).decode

@@ -1,7 +1,8 @@
 """Decimals as they are written everywhere: exact, plain notation, no trailing zeros."""
 
+import re
 from decimal import ROUND_HALF_EVEN, Context, Decimal, Inexact, InvalidOperation
-from typing import cast
+from typing import NamedTuple, cast
 
 import msgspec
 
@@ -30,3 +31,64 @@ def plain_json(number: Decimal) -> Decimal:
     if number.adjusted() < -6:
         return cast(Decimal, msgspec.Raw(format(number, "f").encode()))
     return number
+
+
+class Number(NamedTuple):
+    """An accepted number: exact, as ready-made JSON text in the guise of a Decimal, and as a float to judge by."""
+
+    exact: Decimal
+    json: Decimal
+    approx: float
+
+
+class NotAccepted(ValueError):
+    """It is no number, or one out of bounds; says what it is."""
+
+
+_decode = msgspec.json.Decoder(Decimal).decode
+# Canonical already, and within ACCEPTED's digits and bounds: up to 20 digits before the point, 19 behind it.
+_ready = re.compile(rb"(?:0|[1-9][0-9]{0,19})(?:\.[0-9]{0,18}[1-9])?").fullmatch
+REMEMBERED = 32_768
+ABSENT = Number(ZERO, cast(Decimal, None), 0.0)
+
+
+class Numbers(dict[bytes, Number]):
+    """JSON texts of numbers to what they mean; remembers, for prices and sizes come again. Raises NotAccepted.
+
+    `positive`: zero is refused. `optional`: null, or nothing at all, is ABSENT.
+    """
+
+    def __init__(self, positive: bool = False, optional: bool = False) -> None:
+        self._bounds = f"from {LEAST} to {MOST}" if positive else f"zero or from {LEAST} to {MOST}"
+        self._positive, self._optional = positive, optional
+
+    def __missing__(self, text: bytes) -> Number:
+        if self._optional and text in (b"", b"null"):
+            return ABSENT
+        exact, plain = (Decimal(text.decode()), text) if _ready(text) else self._canonical(text)
+        if not exact and self._positive:
+            raise NotAccepted(f"is 0, not {self._bounds}")
+        if len(self) >= REMEMBERED:
+            self.clear()
+        number = self[text] = Number(exact, cast(Decimal, msgspec.Raw(plain)), float(exact))
+        return number
+
+    def _canonical(self, text: bytes) -> tuple[Decimal, bytes]:
+        try:
+            number = _decode(text)
+            if LEAST <= number <= MOST:
+                number = canonical(number, ACCEPTED)
+            elif number.is_zero():
+                number = ZERO
+            else:
+                raise NotAccepted(f"is {number:.20g}, not {self._bounds}")
+        except Inexact:
+            raise NotAccepted(f"has more than {ACCEPTED.prec} digits") from None
+        except (InvalidOperation, msgspec.MsgspecError, UnicodeDecodeError):  # NaN cannot be compared
+            raise NotAccepted("is not a number") from None
+        return number, format(number, "f").encode()
+
+
+def decimal_of(json: bytes) -> Decimal | None:
+    """The number of a JSON text, as it stands; None for null and for nothing."""
+    return None if json in (b"", b"null") else _decode(json)

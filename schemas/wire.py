@@ -1,41 +1,48 @@
 """Polygon's crypto WebSocket messages, as the wire has them (docs/protocol.md), not as the spec says.
 
-Times are integer milliseconds, numbers are exact decimals, unknown fields are ignored. `i` is an integer
-or a string; captured quotes have undocumented fields; sizes come in scientific notation.
+Times are integer milliseconds, unknown fields are ignored. `i` is an integer or a string; captured quotes
+have undocumented fields; sizes come in scientific notation. The numbers of trades and quotes are left as the
+JSON that they are (schemas.numbers.Numbers reads them): most are seen again and again. Without gc, for events
+come by the million and none can be part of a cycle.
 """
 
 from decimal import Decimal
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta, Raw
+
+SmallInt = Annotated[int, Meta(ge=0, lt=2**31)]
+Conditions = Annotated[list[Annotated[int, Meta(ge=-(2**31), lt=2**31)]], Meta(max_length=100)]
 
 
-class XT(msgspec.Struct, tag_field="ev", tag="XT", frozen=True):
+class XT(msgspec.Struct, tag_field="ev", tag="XT", frozen=True, gc=False):
     """A trade: price, size, exchange time, trade id, exchange, conditions, the vendor's receive time."""
 
     pair: str
-    p: Decimal
-    s: Decimal
+    p: Raw
+    s: Raw
     t: int
     i: int | str
-    x: int
-    c: list[int] | None = None
+    x: SmallInt
+    c: Conditions | None = None
     r: int | None = None
 
 
-class XQ(msgspec.Struct, tag_field="ev", tag="XQ", frozen=True):
+class XQ(msgspec.Struct, tag_field="ev", tag="XQ", frozen=True, gc=False):
     """A best bid and ask."""
 
     pair: str
-    bp: Decimal
-    ap: Decimal
+    bp: Raw
+    ap: Raw
     t: int
-    bs: Decimal | None = None
-    as_: Decimal | None = msgspec.field(default=None, name="as")
-    x: int | None = None
+    bs: Raw = Raw()
+    as_: Raw = msgspec.field(default=Raw(), name="as")
+    x: SmallInt | None = None
     r: int | None = None
 
 
-class XA(msgspec.Struct, tag_field="ev", tag="XA", frozen=True):
+class XA(msgspec.Struct, tag_field="ev", tag="XA", frozen=True, gc=False):
     """The vendor's minute aggregate for [s, e); sent again with other values when it is revised."""
 
     pair: str

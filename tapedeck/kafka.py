@@ -1,14 +1,15 @@
 """Kafka as every part uses it: connecting with patience, topics from the registry, publishing in order."""
 
 import asyncio
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition, codec
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.producer.message_accumulator import BatchBuilder
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -31,8 +32,21 @@ codec.lz4_encode.__defaults__ = (1,)
 STOP_S = 0.5
 
 
+class Record(Protocol):
+    """What can be published; the time is in ms."""
+
+    @property
+    def key(self) -> bytes | None: ...
+    @property
+    def value(self) -> bytes: ...
+    @property
+    def timestamp_ms(self) -> int: ...
+    @property
+    def headers(self) -> list[tuple[str, bytes]]: ...
+
+
 class Message(NamedTuple):
-    """A record to publish. `topic` is the full name, prefix included; times in ms."""
+    """A record with the place it goes to. `topic` is the full name, prefix included."""
 
     topic: str
     partition: int
@@ -191,13 +205,18 @@ class Publisher:
         producer._closed = True
 
     async def publish(self, messages: Iterable[Message]) -> None:
+        """Messages for any places."""
+        batches: dict[tuple[str, int], list[Message]] = {}
+        for message in messages:
+            batches.setdefault((message.topic, message.partition), []).append(message)
+        await self.publish_batches(batches)
+
+    async def publish_batches(self, batches: Mapping[tuple[str, int], Sequence[Record]]) -> None:
+        """Records by (topic, partition), in order within each."""
         producer = self._producer
         assert producer is not None, "start() comes first"
-        by_partition: dict[tuple[str, int], list[Message]] = {}
-        for message in messages:
-            by_partition.setdefault((message.topic, message.partition), []).append(message)
         results = await asyncio.gather(
-            *(self._send(producer, *place, batch) for place, batch in by_partition.items()),
+            *(self._send(producer, *place, records) for place, records in batches.items()),
             return_exceptions=True,
         )
         for result in results:
@@ -205,20 +224,25 @@ class Publisher:
                 raise result
 
     @staticmethod
-    async def _send(producer: AIOKafkaProducer, topic: str, partition: int, messages: list[Message]) -> None:
+    async def _send(producer: AIOKafkaProducer, topic: str, partition: int, records: Sequence[Record]) -> None:
         """One batch after the other, so that a later one can never overtake a failed one."""
-        builder = producer.create_batch()
-        for message in messages:
-            while (
-                builder.append(
-                    timestamp=message.timestamp_ms,
-                    key=message.key,
-                    value=message.value,
-                    headers=message.headers,
-                )
-                is None
-            ):
-                await (await producer.send_batch(builder, topic, partition=partition))
-                builder = producer.create_batch()
-        builder.close()
-        await (await producer.send_batch(builder, topic, partition=partition))
+        first = 0
+        while first < len(records):
+            builder = producer.create_batch()
+            first = _fill(builder, records, first)
+            builder.close()
+            await (await producer.send_batch(builder, topic, partition=partition))
+
+
+def _fill(builder: BatchBuilder, records: Sequence[Record], first: int) -> int:
+    """Puts records from `first` on into the batch; returns the first that found no room. What the builder's own
+    `append` does besides, for each record, costs as much as the rest."""
+    append = builder._builder.append
+    place = 0
+    for place, record in enumerate(records[first:]):
+        if append(place, record.timestamp_ms, record.key, record.value, record.headers) is None:
+            break
+    else:
+        place += 1
+    builder._relative_offset = place
+    return first + place

@@ -15,6 +15,7 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from massive.exceptions import AuthError
 from massive.websocket import WebSocketClient
@@ -25,6 +26,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from schemas import wire
 from schemas.frames import NotAFramesFile, read_frames
+from schemas.numbers import decimal_of
 from simulator.config import DEFAULT_SYMBOLS, MAX_SPEED, SimulatorConfig
 from simulator.frame import Frame
 from simulator.market import market
@@ -492,11 +494,15 @@ def frames() -> list[Frame]:
 
 
 @pytest.fixture(scope="module")
-def events(frames: list[Frame]) -> list[tuple[int, wire.Message]]:
-    """Each event with the market's time (ms) when its frame left."""
-    return [
-        (frame.clock_ns // 1_000_000, wire.decode_message(event.data)) for frame in frames for event in frame.events
-    ]
+def events(frames: list[Frame]) -> list[tuple[int, Any]]:
+    """Each event, its numbers as decimals, with the market's time (ms) when its frame left."""
+    return [(frame.clock_ns // 1_000_000, exact(event.data)) for frame in frames for event in frame.events]
+
+
+def exact(data: bytes) -> Any:
+    message = wire.decode_message(data)
+    raw = {name: value for name, value in msgspec.structs.asdict(message).items() if isinstance(value, msgspec.Raw)}
+    return msgspec.structs.replace(message, **{name: decimal_of(bytes(value)) for name, value in raw.items()})
 
 
 class TestMarket:
@@ -545,7 +551,7 @@ class TestMarket:
         assert all(20_000 <= later - earlier <= 30_000 for earlier, later in pairwise(times))
 
     def test_trades_mostly_respect_the_quote_that_stands(self, events: Any) -> None:
-        quotes: dict[str, wire.XQ] = {}
+        quotes: dict[str, Any] = {}
         inside = []
         for _, event in events:
             if isinstance(event, wire.XQ):
@@ -594,7 +600,7 @@ class TestMarket:
         assert 3 <= min(on_time) <= max(on_time) <= 45
 
     def test_an_aggregate_is_what_its_minutes_trades_so_far_make(self, events: Any) -> None:
-        trades: dict[tuple[str, int], list[wire.XT]] = defaultdict(list)
+        trades: dict[tuple[str, int], list[Any]] = defaultdict(list)
         sent: dict[tuple[str, int], int] = defaultdict(int)
         for sent_ms, event in events:
             if isinstance(event, wire.XT):

@@ -1,10 +1,12 @@
 """Exact one-minute bars, closed by ticks and nothing else."""
 
 from decimal import Decimal
+from typing import Literal
 
 from schemas.events import MINUTE_NS, Bar, Gap, Missed, Trade
 from schemas.numbers import EXACT, VWAP, ZERO, canonical
 
+_add, _fma = EXACT.add, EXACT.fma
 _QUALITY = Decimal("0.0001")
 
 
@@ -28,8 +30,8 @@ class _Minute:
         "volume",
     )
 
-    def __init__(self, trade: Trade, at: tuple[int, int, int], revision: int) -> None:
-        self.open = self.high = self.low = self.close = trade.price
+    def __init__(self, price: Decimal, at: tuple[int, int, int], revision: int) -> None:
+        self.open = self.high = self.low = self.close = price
         self.open_at = self.close_at = at
         self.volume = self.notional = self.buy = self.sell = ZERO
         self.count = 0
@@ -37,8 +39,7 @@ class _Minute:
         self.late = False
         self.dirty = False
 
-    def add(self, trade: Trade, at: tuple[int, int, int]) -> None:
-        price, size = trade.price, trade.size
+    def add(self, price: Decimal, size: Decimal, side: str, at: tuple[int, int, int]) -> None:
         if at < self.open_at:
             self.open, self.open_at = price, at
         if at >= self.close_at:
@@ -47,13 +48,13 @@ class _Minute:
             self.high = price
         elif price < self.low:
             self.low = price
-        self.volume = EXACT.add(self.volume, size)
-        self.notional = EXACT.fma(price, size, self.notional)
+        self.volume = _add(self.volume, size)
+        self.notional = _fma(price, size, self.notional)
         self.count += 1
-        if trade.side == "buy":
-            self.buy = EXACT.add(self.buy, size)
-        elif trade.side == "sell":
-            self.sell = EXACT.add(self.sell, size)
+        if side == "buy":
+            self.buy = _add(self.buy, size)
+        elif side == "sell":
+            self.sell = _add(self.sell, size)
 
     def state(self) -> object:
         return tuple(getattr(self, name) for name in self.__slots__)
@@ -93,6 +94,7 @@ class Bars:
         self._fingerprint = fingerprint
         self._minutes: dict[int, dict[str, _Minute]] = {}
         self._gaps: list[_SeenGap] = []
+        self._changed: set[tuple[int, str]] = set()  # those that are dirty
         self._missed: list[Missed] = []  # gaps in trades since the last marker
         self._oldest = 0  # the first minute that may still change
 
@@ -100,24 +102,27 @@ class Bars:
         """Whether the minute from `start` is closed as of the tick."""
         return tick >= start + MINUTE_NS + self._grace_ns
 
-    def add(self, trade: Trade, tick: int) -> None:
+    def add(self, trade: Trade, price: Decimal, size: Decimal, tick: int) -> None:
         """Folds in a trade that is inside the horizon."""
-        start = trade.ts_event - trade.ts_event % MINUTE_NS
+        ts, symbol = trade.ts_event, trade.symbol
+        start = ts - ts % MINUTE_NS
         symbols = self._minutes.get(start)
         if symbols is None:
             symbols = self._minutes[start] = {}
-        at = (trade.ts_event, trade.epoch, trade.n)
-        minute = symbols.get(trade.symbol)
+        at = (ts, trade.epoch, trade.n)
+        minute = symbols.get(symbol)
         closed = tick >= start + MINUTE_NS + self._grace_ns
         if minute is None:
             missed = 0
             if closed:  # its closing as empty was the bar's first version; gaps since then count too
-                missed = sum(self.closed(start, g.before) and g.touches(start, trade.symbol) for g in self._gaps)
-            minute = symbols[trade.symbol] = _Minute(trade, at, missed)
-        minute.add(trade, at)
+                missed = sum(self.closed(start, g.before) and g.touches(start, symbol) for g in self._gaps)
+            minute = symbols[symbol] = _Minute(price, at, missed)
+        minute.add(price, size, trade.side, at)
+        if not minute.dirty:
+            self._touch(start, symbol, minute)
         if closed:
             minute.revision += 1
-            minute.late = minute.dirty = True
+            minute.late = True
 
     def gap(self, gap: Gap, tick: int) -> None:
         """Notes a gap; `tick` is the last tick before it. Closed bars that it touches are revised."""
@@ -126,30 +131,37 @@ class Bars:
         if "XT" in gap.streams:
             self._missed.append(Missed(gap.from_, gap.to, gap.pairs, gap.reason))
         for start, symbols in self._minutes.items():
-            if self.closed(start, tick):
-                for symbol, minute in symbols.items():
-                    if seen.touches(start, symbol):
-                        minute.revision += 1
-                        minute.dirty = True
+            for symbol, minute in symbols.items():
+                if seen.touches(start, symbol):
+                    minute.revision += self.closed(start, tick)
+                    self._touch(start, symbol, minute)
 
-    def tick(self, before: int, tick: int) -> list[Bar]:
-        """What a tick closes or finds changed, by (start, symbol); then forgets what is past the horizon."""
-        bars = []
+    def _touch(self, start: int, symbol: str, minute: _Minute) -> None:
+        """The next tick tells of it."""
+        minute.dirty = True
+        self._changed.add((start, symbol))
+
+    def tick(self, before: int, tick: int) -> tuple[list[Bar], list[Bar]]:
+        """What a tick closes or finds changed, final and forming, by (start, symbol); then forgets what is past
+        the horizon."""
+        final, forming = [], []
+        closing = [s for s in self._minutes if self.closed(s, tick) and not self.closed(s, before)]
+        self._changed.update((start, symbol) for start in closing for symbol in self._minutes[start])
+        for start, symbol in sorted(self._changed):
+            minute = self._minutes[start][symbol]
+            minute.dirty = False
+            if self.closed(start, tick):
+                final.append(self._bar(symbol, start, minute, "final"))
+            else:
+                forming.append(self._bar(symbol, start, minute, "forming"))
+        self._changed.clear()
         horizon = tick - self._lateness_ns
-        for start in sorted(self._minutes):
-            if not self.closed(start, tick):
-                continue
-            first = not self.closed(start, before)
-            for symbol, minute in sorted(self._minutes[start].items()):
-                if first or minute.dirty:
-                    minute.dirty = False
-                    bars.append(self._bar(symbol, start, minute))
-            if start + MINUTE_NS <= horizon:
-                del self._minutes[start]
+        for start in [s for s in self._minutes if s + MINUTE_NS <= horizon]:
+            del self._minutes[start]
         self._oldest = horizon - horizon % MINUTE_NS
         if self._gaps and min(g.gap.to for g in self._gaps) < self._oldest:
             self._gaps = [g for g in self._gaps if g.gap.to >= self._oldest]
-        return bars
+        return final, forming
 
     def missed(self) -> list[Missed]:
         """The gaps in trades noted since this was asked the last time."""
@@ -163,12 +175,14 @@ class Bars:
         for start, symbols in sorted(self._minutes.items()):
             for symbol, minute in sorted(symbols.items()):
                 if not self.closed(start, tick):
-                    bars.append(self._bar(symbol, start, minute, tick))
+                    bars.append(self._bar(symbol, start, minute, "final", tick))
                 elif minute.dirty:
-                    bars.append(self._bar(symbol, start, minute))
+                    bars.append(self._bar(symbol, start, minute, "final"))
         return bars
 
-    def _bar(self, symbol: str, start: int, minute: _Minute, cut: int | None = None) -> Bar:
+    def _bar(
+        self, symbol: str, start: int, minute: _Minute, status: Literal["forming", "final"], cut: int | None = None
+    ) -> Bar:
         end = start + MINUTE_NS
         gaps = [g.gap for g in self._gaps if g.touches(start, symbol)]
         missing = [(start if g.from_ is None else max(g.from_, start), min(g.to, end)) for g in gaps]
@@ -197,7 +211,7 @@ class Bars:
             minute.count,
             canonical(minute.buy),
             canonical(minute.sell),
-            "final",
+            status,
             0,
             minute.revision,
             flags,

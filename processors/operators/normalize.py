@@ -1,36 +1,20 @@
 """Polygon's messages to our events, or the reason why not. Nothing is remembered."""
 
-from decimal import Decimal, Inexact, InvalidOperation
+from decimal import Decimal
 from functools import lru_cache
 
 from schemas.events import NS_PER_MS, Quote, Side, Trade, VendorBar
-from schemas.numbers import ACCEPTED, LEAST, MOST, ZERO, canonical
+from schemas.numbers import NotAccepted, Number, Numbers
 from schemas.wire import EARLIEST_MS, LATEST_MS, XA, XAS, XQ, XT, symbol_of
 
 SELL, BUY = 1, 2  # Polygon's crypto conditions "sellside" and "buyside": the aggressor's side
+NO_FLAGS: list[str] = []
+
+positive, plain, optional = Numbers(positive=True), Numbers(), Numbers(optional=True)
 
 
 class CannotNormalize(ValueError):
     """The message is well-formed JSON of a known type, and yet cannot be true."""
-
-
-def _number(name: str, number: Decimal, positive: bool) -> Decimal:
-    """Its canonical form; raises CannotNormalize."""
-    try:
-        if LEAST <= number <= MOST:
-            return canonical(number, ACCEPTED)
-    except InvalidOperation:  # NaN cannot be compared
-        raise CannotNormalize(f"{name} is not a number") from None
-    except Inexact:
-        raise CannotNormalize(f"{name} has more than {ACCEPTED.prec} digits") from None
-    if number.is_zero() and not positive:
-        return ZERO
-    bounds = f"from {LEAST} to {MOST}" if positive else f"zero or from {LEAST} to {MOST}"
-    raise CannotNormalize(f"{name} is {number:.20g}, not {bounds}")
-
-
-def _plain(name: str, number: Decimal | None) -> Decimal | None:
-    return None if number is None else _number(name, number, False)
 
 
 def _time(name: str, time_ms: int) -> int:
@@ -40,18 +24,20 @@ def _time(name: str, time_ms: int) -> int:
     return time_ms * NS_PER_MS
 
 
+def number(name: str, text: bytes, numbers: Numbers) -> Number:
+    """Raises CannotNormalize with the name, which the tables do not know."""
+    try:
+        return numbers[text]
+    except NotAccepted as error:
+        raise CannotNormalize(f"{name} {error}") from None
+
+
 @lru_cache(maxsize=65536)
 def _symbol(pair: str) -> str:
     try:
         return symbol_of(pair)
     except ValueError as error:
         raise CannotNormalize(str(error)) from error
-
-
-def _small_int(name: str, number: int | None) -> int | None:
-    if number is not None and not 0 <= number < 2**31:
-        raise CannotNormalize(f"{name} is {number}, out of bounds")
-    return number
 
 
 def side_of(conditions: list[int] | None) -> Side:
@@ -64,50 +50,74 @@ def side_of(conditions: list[int] | None) -> Side:
     return "unknown"
 
 
-def trade(message: XT, recv: int, flags: list[str], epoch: int, partition: int, n: int) -> Trade:
-    """Raises CannotNormalize."""
-    trade_id = str(message.i)
+def trade(message: XT, recv: int, flags: list[str], epoch: int, partition: int, n: int) -> tuple[Trade, Number, Number]:
+    """The trade with its price and size, which stand in it as ready-made JSON. Raises CannotNormalize."""
+    trade_id = message.i
+    if type(trade_id) is not str:
+        trade_id = str(trade_id)
     if not trade_id or len(trade_id) > 200 or "\x00" in trade_id:
         raise CannotNormalize("trade id is empty, too long or has a NUL in it")
-    if message.c and len(message.c) > 100:
-        raise CannotNormalize(f"{len(message.c)} conditions")
-    if message.c and not all(-(2**31) <= condition < 2**31 for condition in message.c):
-        raise CannotNormalize("a condition is out of bounds")
-    exchange = _small_int("exchange", message.x)
-    assert exchange is not None
-    return Trade(
+    ts, received = message.t, message.r
+    if not EARLIEST_MS <= ts < LATEST_MS:
+        _time("t", ts)
+    try:
+        price, size = positive[bytes(message.p)], positive[bytes(message.s)]
+    except NotAccepted:
+        number("price", bytes(message.p), positive)
+        number("size", bytes(message.s), positive)
+        raise
+    conditions = message.c
+    event = Trade(
         _symbol(message.pair),
-        _time("t", message.t),
+        ts * NS_PER_MS,
         recv,
-        None if message.r is None else _time("r", message.r),
-        _number("price", message.p, True),
-        _number("size", message.s, True),
-        side_of(message.c),
-        exchange,
+        None if received is None else _time("r", received),
+        price.json,
+        size.json,
+        side_of(conditions),
+        message.x,
         trade_id,
-        message.c or [],
+        conditions or [],
         flags,
         epoch,
         partition,
         n,
     )
+    return event, price, size
 
 
-def quote(message: XQ, recv: int, epoch: int, partition: int, n: int) -> Quote:
-    """Raises CannotNormalize."""
-    return Quote(
+def quote(message: XQ, recv: int, epoch: int, partition: int, n: int) -> tuple[Quote, Number, Number]:
+    """The quote with its bid and ask price, which stand in it as ready-made JSON. Raises CannotNormalize."""
+    ts = message.t
+    if not EARLIEST_MS <= ts < LATEST_MS:
+        _time("t", ts)
+    try:
+        bid, ask = plain[bytes(message.bp)], plain[bytes(message.ap)]
+        bid_size, ask_size = optional[bytes(message.bs)], optional[bytes(message.as_)]
+    except NotAccepted:
+        number("bid price", bytes(message.bp), plain)
+        number("ask price", bytes(message.ap), plain)
+        number("bid size", bytes(message.bs), optional)
+        number("ask size", bytes(message.as_), optional)
+        raise
+    event = Quote(
         _symbol(message.pair),
-        _time("t", message.t),
+        ts * NS_PER_MS,
         recv,
-        _number("bid price", message.bp, False),
-        _plain("bid size", message.bs),
-        _number("ask price", message.ap, False),
-        _plain("ask size", message.as_),
-        _small_int("exchange", message.x),
+        bid.json,
+        bid_size.json,
+        ask.json,
+        ask_size.json,
+        message.x,
         epoch,
         partition,
         n,
     )
+    return event, bid, ask
+
+
+def _decimal(name: str, value: Decimal, numbers: Numbers) -> Decimal:
+    return number(name, str(value).encode(), numbers).exact
 
 
 def vendor_bar(message: XA | XAS, recv: int, epoch: int, partition: int, n: int) -> VendorBar:
@@ -121,12 +131,12 @@ def vendor_bar(message: XA | XAS, recv: int, epoch: int, partition: int, n: int)
         start,
         end,
         recv,
-        _number("open", message.o, True),
-        _number("high", message.h, True),
-        _number("low", message.l, True),
-        _number("close", message.c, True),
-        _number("volume", message.v, False),
-        _plain("vwap", message.vw),
+        _decimal("open", message.o, positive),
+        _decimal("high", message.h, positive),
+        _decimal("low", message.l, positive),
+        _decimal("close", message.c, positive),
+        _decimal("volume", message.v, plain),
+        None if message.vw is None else _decimal("vwap", message.vw, plain),
         epoch,
         partition,
         n,

@@ -1,13 +1,12 @@
 """Trades that came before: the same (symbol, exchange, id) again within its minute."""
 
-import xxhash
+from xxhash import xxh3_64_intdigest
 
 from schemas.events import MINUTE_NS
-from schemas.wire import XT
 
 
 class Repeats:
-    """Remembers the trades of each minute in the horizon as 64-bit hashes, gone with the minute.
+    """Remembers the trades of each minute in the horizon as 64-bit hashes seeded by exchange, gone with the minute.
 
     Repeats are looked for in the trade's own minute only: an id that comes back with another time is
     judged alike by one pass and by a rebuild.
@@ -18,7 +17,7 @@ class Repeats:
         self._lateness_ns = lateness_ns
         self._minutes: dict[int, dict[str, set[int]]] = {}
 
-    def seen(self, message: XT, symbol: str, ts: int) -> bool:
+    def seen(self, symbol: str, exchange: int, trade_id: str, ts: int) -> bool:
         """Whether the trade was seen before; from now on it was."""
         minute = ts - ts % MINUTE_NS
         symbols = self._minutes.get(minute)
@@ -27,7 +26,7 @@ class Repeats:
         hashes = symbols.get(symbol)
         if hashes is None:
             hashes = symbols[symbol] = set()
-        key = xxhash.xxh3_64_intdigest(f"{message.x} {message.i}".encode())
+        key = xxh3_64_intdigest(trade_id.encode(), exchange)
         if key in hashes:
             return True
         hashes.add(key)

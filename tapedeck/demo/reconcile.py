@@ -16,6 +16,7 @@ from aiokafka.partitioner import murmur2
 
 from schemas import wire
 from schemas.events import MINUTE_NS, NS_PER_MS, Gap
+from schemas.numbers import decimal_of
 from schemas.topics import PARTITIONS
 
 STREAMS = ("XT", "XQ", "XA")
@@ -214,7 +215,7 @@ class Reconciler:
             return "duplicates" if (*key[:3], ts // MINUTE_NS) in self._known else ""
         price, size, side, too_late = row
         self._used.add(key)
-        if (price, size) != (message.p, message.s):
+        if (price, size) != (decimal_of(bytes(message.p)), decimal_of(bytes(message.s))):
             self._report.examples.append(f"trade {key} is stored as {price} x {size}, sent as {message}")
             return "left_over"
         if not too_late:
@@ -291,7 +292,8 @@ def _message(part: msgspec.Raw) -> Any:
 def quote_content(message: wire.XQ, symbol: str) -> tuple[Any, ...]:
     """What identifies a quote to someone who does not know its place in the log."""
     ts = message.t * NS_PER_MS
-    return (symbol, ts, message.bp, message.bs, message.ap, message.as_, message.x)
+    bid, bid_size, ask, ask_size = (decimal_of(bytes(raw)) for raw in (message.bp, message.bs, message.ap, message.as_))
+    return (symbol, ts, bid, bid_size, ask, ask_size, message.x)
 
 
 def vendor_content(message: wire.XA, symbol: str) -> tuple[Any, ...]:

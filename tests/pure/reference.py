@@ -50,6 +50,8 @@ class Reference:
         self.ids: set[tuple[str, int, str, int]] = set()
         self.emitted: dict[tuple[int, str], tuple[int, int]] = {}  # what the last version was made of
         self.bars: list[dict[str, Any]] = []
+        self.forming: list[dict[str, Any]] = []
+        self.told: dict[tuple[int, str], tuple[int, int]] = {}  # the same of the last forming bar
 
     def take(self, records: Iterable[RawRecord]) -> "Reference":
         for record in records:
@@ -115,6 +117,10 @@ class Reference:
             forgotten = start + MINUTE_NS <= self.tick - self.settings.lateness_ns and (start, symbol) in self.emitted
             if self._closed(start, tick) and not forgotten:
                 self._emit(start, symbol)
+            made_of = len(self.trades[start, symbol]), len(self._touching(start, symbol))
+            if not self._closed(start, tick) and self.told.get((start, symbol), (0, made_of[1])) != made_of:
+                self.forming.append(self._bar(start, symbol, None) | {"status": "forming"})
+            self.told[start, symbol] = made_of
         self.tick = tick
 
     def _emit(self, start: int, symbol: str, cut: int | None = None) -> None:

@@ -74,6 +74,10 @@ class Tape:
         return bars_of(self.pipeline.close())
 
 
+def forming_of(outputs: list[Output]) -> list[dict[str, Any]]:
+    return [decoded(output.value) for output in outputs if output.topic == topics.FORMING.name]
+
+
 def bars_of(outputs: list[Output]) -> list[dict[str, Any]]:
     return [decoded(output.value) for output in outputs if output.topic == topics.BARS_1M.name and output.key]
 
@@ -501,6 +505,29 @@ widest = st.builds(
 steps = st.one_of(logs.trades, logs.trades, logs.trades, logs.waits, logs.waits, logs.quotes, logs.hushes)
 
 
+class TestForming:
+    def test_a_symbol_that_traded_is_told_of_at_the_tick_and_again_only_when_it_changed(self) -> None:
+        tape = Tape()
+        tape.trade(100, price="5")
+        assert forming_of(tape.outputs) == []
+        tape.tick(1_000)
+        tape.tick(2_000)
+        tape.trade(2_500, price="7")
+        tape.tick(3_000)
+        bars = forming_of(tape.outputs)
+        assert [(bar["close"], bar["trade_count"], bar["status"]) for bar in bars] == [
+            (5, 1, "forming"),
+            (7, 2, "forming"),
+        ]
+
+    def test_the_minute_that_closes_is_final_and_not_forming(self) -> None:
+        tape = Tape()
+        tape.trade(59_900)
+        tape.tick(62_000)
+        assert forming_of(tape.outputs) == []
+        assert len(bars_of(tape.outputs)) == 1
+
+
 class TestAgainstTheSlowWay:
     @given(
         logs.scripts(st.one_of(*[steps] * 8, logs.crashes), 150),
@@ -521,6 +548,7 @@ class TestAgainstTheSlowWay:
         made = bars_of(outputs)
         assert highest(made) == highest(reference.bars)
         assert made == reference.bars
+        assert [decoded(o.value) for o in outputs if o.topic == topics.FORMING.name] == reference.forming
 
     @given(st.lists(st.tuples(widest, widest), min_size=1, max_size=20))
     @example([(Decimal("1.234567890123456789012345678901234567891e-20"),) * 2, (Decimal("9" * 40 + "e-20"),) * 2])

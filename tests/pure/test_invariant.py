@@ -17,6 +17,7 @@ from processors.compute import FILES, compute
 from processors.pipeline import Output, Pipeline
 from processors.rebuild import replay
 from processors.settings import PipelineSettings
+from processors.stages import RAW
 from schemas import topics
 from schemas.events import MINUTE_NS, NS_PER_MS
 from schemas.raw import RawRecord, log_line, read_log
@@ -70,7 +71,10 @@ def rebuilt(
     log: Sequence[RawRecord], offset: int, settings: PipelineSettings, begin: int = 0, run_in: int = RUN_IN
 ) -> Pipeline:
     """The pipeline as processors.rebuild makes it, of a log whose offsets before `begin` are gone."""
-    return now(replay(MemoryLog(log, begin), PARTITION, settings, offset, run_in))
+    stage = RAW._replace(run_in=run_in)
+    state = now(replay(MemoryLog(log, begin), stage, PARTITION, settings, offset))
+    assert isinstance(state, Pipeline)
+    return state
 
 
 def assert_rebuilds(log: Sequence[RawRecord], settings: PipelineSettings, run_in: int = RUN_IN) -> None:
@@ -293,6 +297,29 @@ class TestTheCounterexamples:
         log = sent(script).log
         assert_rebuilds(log, SHORT, run_in=1)
         assert len(values(outputs_of(log, SHORT), topics.TRADES)) == 6  # the third is the first one again
+
+    def test_5_what_was_deleted_before_it_was_read_is_a_gap(self) -> None:
+        """A silent skip left whole bars that were not."""
+        script: list[Step] = [Trade(), Wait(5 * MINUTE), Trade(1_000), Trade(), Wait(MINUTE), Trade(), Wait(2 * MINUTE)]
+        log = sent(script).log
+        begin = [record.kind for record in log].index("slice", 3)
+        state = rebuilt(log, begin, SHORT, begin)
+        outputs = [output for record in log[begin:] for output in state.process(record)]
+        (gap,) = values(outputs, topics.GAPS)
+        at = log[begin].timestamp_ms * NS_PER_MS
+        assert (gap["from"], gap["to"], gap["reason"], gap["n"]) == (None, at, "log", log[begin].n)
+        bars = [bar for bar in values(outputs, topics.BARS_1M) if bar["kind"] == "bar"]
+        assert [bar["flags"] for bar in bars] == [["partial", "gap"], []]
+        for offset in range(begin + 1, len(log)):
+            one_pass = rebuilt(log, begin, SHORT, begin)
+            for record in log[begin:offset]:
+                one_pass.process(record)
+            assert rebuilt(log, offset, SHORT, begin).state() == one_pass.state()
+
+    def test_5_nothing_is_lost_where_the_rebuild_need_not_reach_the_logs_beginning(self) -> None:
+        log = sent([Trade(), *[Wait(MINUTE)] * 60, Trade(), Wait(MINUTE)]).log
+        state = rebuilt(log, len(log) - 1, SHORT, begin=1, run_in=1)
+        assert state.state() == rebuilt(log, len(log) - 1, SHORT).state()
 
     def test_9_a_slice_that_was_overtaken_and_sent_again(self) -> None:
         """A high-water mark lost it."""

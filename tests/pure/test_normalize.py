@@ -183,21 +183,21 @@ class TestWhatIsTolerated:
 BAD: list[tuple[bytes, str]] = [
     (trade(p="-1"), "price is -1"),
     (trade(p="0"), "price is 0"),
-    (trade(p="-0.0"), "price is -0"),
+    (trade(p="-0.0"), "price is 0"),
     (trade(p='"NaN"'), "price is not a number"),
     (trade(p='"sNaN"'), "price is not a number"),
     (trade(p='"Infinity"'), "price is Infinity"),
     (trade(p='"-Infinity"'), "price is -Infinity"),
     (trade(p="1e21"), "price is 1e+21"),
     (trade(p="1e400"), "price is 1e+400"),
-    (trade(p="1e999999999999999999999"), "$.p"),
+    (trade(p="1e999999999999999999999"), "price is not a number"),
     (trade(p="9" * 5_000), "price is"),
     (trade(p="1e-21"), "price is 1e-21"),
     (trade(p="1." + "3" * 60), "more than 40 digits"),
-    (trade(p="true"), "$.p"),
-    (trade(p="null"), "$.p"),
-    (trade(p='"free"'), "$.p"),
-    (trade(p="[1]"), "$.p"),
+    (trade(p="true"), "price is not a number"),
+    (trade(p="null"), "price is not a number"),
+    (trade(p='"free"'), "price is not a number"),
+    (trade(p="[1]"), "price is not a number"),
     (trade(p="-"), "missing required field `p`"),
     (trade(s="0"), "size is 0"),
     (trade(s="-4.522e-05"), "size is -0.00004522"),
@@ -220,13 +220,13 @@ BAD: list[tuple[bytes, str]] = [
     (trade(i="1.5"), "$.i"),
     (trade(i="null"), "$.i"),
     (trade(i="-"), "missing required field `i`"),
-    (trade(x="-1"), "exchange is -1"),
-    (trade(x=str(2**31)), "exchange is"),
+    (trade(x="-1"), ">= 0 - at `$.x`"),
+    (trade(x=str(2**31)), "<= 2147483647 - at `$.x`"),
     (trade(x="1.5"), "$.x"),
     (trade(x="-"), "missing required field `x`"),
     (trade(c="[1.5]"), "$.c"),
     (trade(c="7"), "$.c"),
-    (trade(c="[99999999999999999999]"), "condition is out of bounds"),
+    (trade(c="[99999999999999999999]"), "<= 2147483647 - at `$.c[0]`"),
     (trade(pair='""'), "is not a currency pair"),
     (trade(pair='"BTC"'), "is not a currency pair"),
     (trade(pair='"BTC-USD-X"'), "is not a currency pair"),
@@ -245,7 +245,7 @@ BAD: list[tuple[bytes, str]] = [
     (quote(**{"as": '"Infinity"'}), "ask size is Infinity"),
     (quote(t=str(T0 * 1_000)), "not a time in milliseconds"),
     (quote(ap="-"), "missing required field `ap`"),
-    (quote(x="-5"), "exchange is -5"),
+    (quote(x="-5"), ">= 0 - at `$.x`"),
     (aggregate(e=str(T0 - 60_000)), "ends before it starts"),
     (aggregate(s=str(T0 // 1_000)), "s is"),
     (aggregate(o="0"), "open is 0"),
@@ -398,6 +398,6 @@ class TestAnything:
         feed = Feed()
         feed.frame(T0 + 45, xt(T0, i="before"), event, xt(T0, i="after"))
         feed.flush(T0 + 3_000)
-        made = values_of(feed)
+        made = [(topic, value) for topic, value in values_of(feed) if topic != topics.FORMING.name]
         events = sum(r.events for r in feed.records if r.kind in ("slice", "bad"))
         assert len(made) == events

@@ -62,10 +62,14 @@ def bars_of(outputs: dict[str, bytes]) -> list[Bar]:
 def test_every_trade_and_quote_comes_through_and_nothing_else(outputs: dict[str, bytes]) -> None:
     counts = {name: data.count(b"\n") for name, data in outputs.items()}
     assert counts.pop("bars.1m.ndjson") == 12 + PARTITIONS * 11  # bars, and markers on every partition
+    forming = {name: counts.pop(name) for name in list(counts) if name.startswith("bars.") and "vendor" not in name}
+    assert forming.pop("bars.forming.ndjson") > 600  # one for nearly each of 660 s
+    assert not any(forming.values())
     assert counts == {
         "trades.ndjson": TRADES,
         "quotes.ndjson": QUOTES,
         "bars.vendor.ndjson": 0,
+        "anomalies.ndjson": 0,
         "gaps.ndjson": 8,
         "deadletters.ndjson": 0,
         "quarantine.ndjson": 0,
