@@ -7,7 +7,7 @@ from pathlib import Path
 from processors.pipeline import RUN_IN_RECORDS, Output, Pipeline
 from processors.settings import PipelineSettings
 from schemas import topics
-from schemas.raw import RawRecord
+from schemas.raw import Foreign, RawRecord
 
 FILES = {
     topic.name: topic.name.removesuffix(".v1") + ".ndjson"
@@ -17,7 +17,7 @@ FILES = {
 
 
 def compute(
-    records: Iterable[tuple[int, RawRecord]], out: Path, settings: PipelineSettings, close: bool
+    records: Iterable[tuple[int, RawRecord | Foreign]], out: Path, settings: PipelineSettings, close: bool
 ) -> dict[str, int]:
     """Runs (offset, record) pairs through a pipeline per partition, writes the values to `out`, one file a
     topic, and returns the number of lines by file name. A partition that does not begin at offset 0 is

@@ -27,9 +27,10 @@ from schemas.events import (
     encode,
     encode_ready,
 )
-from schemas.raw import RawRecord, decode_gap_value, text_of
+from schemas.raw import Foreign, RawRecord, decode_gap_value, text_of
 
 NO_HEADERS: list[tuple[str, bytes]] = []
+FOREIGN_EPOCH = -1
 RUN_IN_RECORDS = 1_000  # more than a producer ever has in flight on a partition
 
 
@@ -93,8 +94,12 @@ class Pipeline:
         """The timestamp of the last record that was taken, ms: nothing in the state is newer."""
         return self._filter.last_ms
 
-    def process(self, record: RawRecord) -> list[Output]:
-        """The outputs of the next record of the log."""
+    def process(self, record: RawRecord | Foreign) -> list[Output]:
+        """The outputs of the next record of the log. A foreign one goes to the dead letters and touches no state."""
+        if isinstance(record, Foreign):
+            self._out, self._at_ms = [], record.timestamp_ms
+            self._dead(record.value, record.reason, 0, FOREIGN_EPOCH, record.offset)
+            return self._out
         verdict, hole = self._filter.judge(record)
         self.counts[verdict] += 1
         if verdict != "take":
@@ -120,12 +125,6 @@ class Pipeline:
                 self._dead(record.value, "not JSON", record.recv[0][0], record.epoch, record.n)
             case _:
                 self._dead(record.value, f"record of unknown kind {record.kind!r}", 0, record.epoch, record.n)
-        return self._out
-
-    def foreign(self, value: bytes, timestamp_ms: int, reason: str) -> list[Output]:
-        """A record that no producer of ours wrote: to the dead letters, without touching any state."""
-        self._out, self._at_ms = [], timestamp_ms
-        self._dead(value, reason, 0, -1, -1)
         return self._out
 
     # -- events ------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from processors.settings import PipelineSettings
 from processors.stages import RAW, Machine, Stage
 from schemas import topics
 from schemas.events import NS_PER_MS
-from schemas.raw import NotARawRecord
 from tapedeck import kafka
 from tapedeck.errors import TapedeckError
 from tapedeck.settings import Settings
@@ -36,7 +35,7 @@ class Log(Protocol):
         """The first record, in the order of offsets, that is not older; None: there is none."""
 
     def records(self, first: int, end: int) -> AsyncIterator[Any]:
-        """The records from `first` to before `end`; what is none of the topic's is left out."""
+        """The records from `first` to before `end`."""
 
 
 async def replay(
@@ -124,10 +123,7 @@ class _KafkaLog:
             for record in batches.get(self._place, ()):
                 if record.offset >= end:
                     break
-                try:
-                    yield self._stage.read(record.partition, record.timestamp, record.headers, record.value)
-                except NotARawRecord:
-                    continue
+                yield self._stage.read(record.partition, record.timestamp, record.headers, record.value, record.offset)
                 self._moved()
             position = await self._reader.position(self._place)
             await asyncio.sleep(0)

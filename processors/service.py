@@ -26,7 +26,6 @@ from processors.stages import RAW, Machine, Stage
 from processors.transport import PromptTransport
 from schemas import topics
 from schemas.events import NS_PER_S
-from schemas.raw import NotARawRecord
 from tapedeck import kafka, metrics
 from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.settings import Settings
@@ -179,10 +178,7 @@ class Processor:
     def _run(stage: Stage, machine: Machine, message: Any) -> list[Output]:
         timestamp_ms = round(message.timestamp * 1000)
         headers = message.headers.items() if isinstance(message.headers, dict) else message.headers
-        try:
-            record = stage.read(message.partition, timestamp_ms, headers, message.value)
-        except NotARawRecord as error:
-            return machine.foreign(message.value or b"", timestamp_ms, str(error))
+        record = stage.read(message.partition, timestamp_ms, headers, message.value, message.offset)
         outputs = machine.process(record)
         for name, count in machine.counts.items():
             kind = metrics.PROCESSED if name in ("take", "resend", "overtook", "zombie") else metrics.PIPELINE

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from processors.pipeline import RUN_IN_RECORDS, Output, Pipeline
 from processors.settings import PipelineSettings
 from schemas import topics
-from schemas.raw import from_kafka
+from schemas.raw import record_of
 
 Headers = Iterable[tuple[str, bytes]]
 
@@ -32,19 +32,17 @@ class Machine(Protocol):
     def process(self, record: Any) -> list[Output]:
         """The outputs of the next record."""
 
-    def foreign(self, value: bytes, timestamp_ms: int, reason: str) -> list[Output]:
-        """The outputs of a record that is none of the topic's; changes no state."""
-
 
 class Stage(NamedTuple):
-    """`read` raises NotARawRecord; `run_in`: how many records it takes to find into a log's middle."""
+    """`read` makes a Kafka record what the machine processes, and never fails. `run_in`: how many records it takes to
+    find into the middle of a log."""
 
     topic: topics.Topic
-    read: Callable[[int, int, Headers, bytes | None], Any]
+    read: Callable[[int, int, Headers, bytes | None, int], Any]
     make: Callable[[int, PipelineSettings, int, bool, int | None], Machine]
     run_in: int
 
 
-RAW = Stage(topics.RAW, from_kafka, Pipeline, RUN_IN_RECORDS)
+RAW = Stage(topics.RAW, record_of, Pipeline, RUN_IN_RECORDS)
 
 ALL = (RAW,)

@@ -59,6 +59,16 @@ class GapValue(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Foreign(NamedTuple):
+    """A record of the raw topic that no producer of ours wrote, and why it is none; its place is its identity."""
+
+    partition: int
+    timestamp_ms: int
+    offset: int
+    value: bytes
+    reason: str
+
+
 MAX_EVENTS = 100_000  # far more than any slice has
 
 
@@ -132,8 +142,8 @@ def log_line(
     return msgspec.json.encode(LogLine(partition, offset, timestamp_ms, named, text, encoding)) + b"\n"
 
 
-def read_log(lines: Iterable[bytes]) -> Iterator[tuple[LogLine, RawRecord]]:
-    """The raw records of a log file in its order; raises NotARawRecord with the line's number."""
+def read_log(lines: Iterable[bytes]) -> Iterator[tuple[LogLine, RawRecord | Foreign]]:
+    """The records of a log file in its order; raises NotARawRecord with the number of a line that is of no log."""
     decode: Any = msgspec.json.Decoder(LogLine).decode
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -142,6 +152,16 @@ def read_log(lines: Iterable[bytes]) -> Iterator[tuple[LogLine, RawRecord]]:
             entry: LogLine = decode(line)
             headers = [(name, data.encode("latin-1")) for name, data in entry.headers]
             value = bytes_of(entry.encoding, entry.value)
-            yield entry, from_kafka(entry.partition, entry.timestamp, headers, value)
         except (msgspec.MsgspecError, ValueError) as error:
             raise NotARawRecord(f"line {number}: {error}") from error
+        yield entry, record_of(entry.partition, entry.timestamp, headers, value, entry.offset)
+
+
+def record_of(
+    partition: int, timestamp_ms: int, headers: Iterable[tuple[str, bytes]], value: bytes | None, offset: int
+) -> RawRecord | Foreign:
+    """A Kafka record of the raw topic, whatever it is."""
+    try:
+        return from_kafka(partition, timestamp_ms, headers, value)
+    except NotARawRecord as error:
+        return Foreign(partition, timestamp_ms, offset, value or b"", str(error))

@@ -1,0 +1,313 @@
+"""The processor on a real Kafka, with everything done to it that can be: what it publishes is what `compute` says."""
+
+import asyncio
+import contextlib
+import json
+import random
+import signal
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+from conftest import Process, Servers, Spawn, until
+
+from bench.market import write_frames
+from processors.compute import FILES, compute
+from processors.settings import PipelineSettings
+from processors.stages import ALL
+from producers.offline import records_of
+from producers.slicer import SlicerSettings
+from schemas import topics
+from schemas.frames import Frame, read_frames
+from schemas.raw import RawRecord, read_log
+from tapedeck import kafka as clients
+from tapedeck.dump import dump
+from tapedeck.settings import Settings
+
+SETTINGS = PipelineSettings()
+
+
+def disturbed(frames: Iterable[Frame], seed: int) -> Iterator[Frame]:
+    """Some trades come late, by seconds or by most of an hour, and some come twice."""
+    rng = random.Random(seed)
+    held: list[tuple[int, bytes]] = []
+    for frame in frames:
+        events = [event for due, event in held if due <= frame.recv_ns]
+        held = [(due, event) for due, event in held if due > frame.recv_ns]
+        for event in json.loads(frame.data):
+            data = json.dumps(event).encode()
+            luck = rng.random() if event["ev"] == "XT" else 1
+            if luck < 0.02:
+                held.append((frame.recv_ns + int(rng.choice((2, 60, 600, 2_000)) * rng.random() * 10**9), data))
+            else:
+                events += [data] * (2 if luck < 0.03 else 1)
+        yield Frame(frame.recv_ns, b"[" + b",".join(events) + b"]")
+
+
+def market_log(folder: Path, rate: int, seconds: float) -> list[RawRecord]:
+    """A raw log that ends about now: for records older than a day a broker that was killed no longer knows what it
+    has of a producer."""
+    frames = folder / "market.ndjson"
+    begin_ms = int((time.time() - seconds) * 1000)
+    write_frames(frames, rate, seconds, per_frame=10, begin_ms=begin_ms - begin_ms % 60_000)
+    streams = ["XT", "XQ", "XA"]
+    return list(records_of(disturbed(read_frames(frames), 1), SlicerSettings(), streams, ["*"]))
+
+
+POISON = (b"", b"\xff\xfe\x00", b"\x00" * 1_000_000, b'{"kind":"slice"}', b'[{"ev":"XT"}]', b"null")
+
+
+class Line:
+    """The raw topic, the workers that read it, and what they made of it."""
+
+    def __init__(self, settings: Settings, spawn: Spawn) -> None:
+        self.settings = settings
+        self._spawn = spawn
+        self.workers: list[Process] = []
+        self._publisher = clients.Publisher(settings)
+
+    async def start(self) -> None:
+        await clients.prepare(self.settings)
+        await self._publisher.start()
+
+    async def stop(self) -> None:
+        await self._publisher.stop()
+
+    def work(self) -> Process:
+        self.workers.append(self._spawn("process", connect_timeout_s=60))
+        return self.workers[-1]
+
+    async def send(self, records: Iterable[RawRecord]) -> None:
+        """As a producer does: again from the same mark when a round failed."""
+        topic = self.settings.topic_prefix + topics.RAW.name
+        messages = [clients.Message(topic, r.partition, None, r.value, r.timestamp_ms, r.headers()) for r in records]
+        for first in range(0, len(messages), 500):
+            while True:
+                try:
+                    await self._publisher.publish(messages[first : first + 500])
+                    break
+                except (KafkaError, AssertionError):
+                    await asyncio.sleep(0.5)
+                    with contextlib.suppress(KafkaError, OSError):
+                        await self._publisher.restart()
+
+    async def poison(self, partition: int, value: bytes, headers: list[tuple[str, bytes]]) -> None:
+        topic, now = self.settings.topic_prefix + topics.RAW.name, int(time.time() * 1000)
+        await self._publisher.publish([clients.Message(topic, partition, None, value, now, headers)])
+
+    async def done(self, timeout_s: float = 180) -> None:
+        """Waits until the group has committed all there is, of every stage's topic."""
+        group = self.settings.topic_prefix + "tapedeck-processor"
+        names = [self.settings.topic_prefix + stage.topic.name for stage in ALL]
+        places = [TopicPartition(name, number) for name in names for number in range(topics.PARTITIONS)]
+        reader = AIOKafkaConsumer(**self.settings.kafka_options())
+        admin = AIOKafkaAdminClient(**self.settings.kafka_options())
+        await reader.start()
+        await admin.start()
+
+        async def committed() -> bool:
+            with contextlib.suppress(KafkaError):
+                ends = await reader.end_offsets(places)
+                found = await admin.list_consumer_group_offsets(group)
+                return all(
+                    not ends[place] or (place in found and found[place].offset == ends[place]) for place in places
+                )
+            return False
+
+        try:
+            await until(committed, timeout_s)
+        finally:
+            await reader.stop()
+            await admin.close()
+
+    async def published(self) -> dict[str, dict[bytes, int]]:
+        """By topic, each value and how often it stands there."""
+        found: dict[str, dict[bytes, int]] = {}
+        for name in FILES:
+            counts: dict[bytes, int] = defaultdict(int)
+            async for value in self._values(name):
+                counts[value] += 1
+            found[name] = counts
+        return found
+
+    async def _values(self, name: str) -> AsyncIterator[bytes]:
+        places = [TopicPartition(self.settings.topic_prefix + name, number) for number in range(topics.PARTITIONS)]
+        reader = await clients.consumer(self.settings, *places)
+        try:
+            ends = await reader.end_offsets(places)
+            while any([await reader.position(place) < ends[place] for place in places]):
+                for records in (await reader.getmany(timeout_ms=500)).values():
+                    for record in records:
+                        yield record.value
+        finally:
+            await reader.stop()
+
+    async def computed(self, folder: Path) -> dict[str, set[bytes]]:
+        """What `tapedeck compute --log` makes of the raw topic as it stands."""
+        await dump(self.settings, folder / "raw.ndjson")
+        with (folder / "raw.ndjson").open("rb") as lines:
+            compute(((line.offset, record) for line, record in read_log(lines)), folder / "out", SETTINGS, False)
+        return {name: set((folder / "out" / file).read_bytes().splitlines()) for name, file in FILES.items()}
+
+
+@pytest.fixture
+async def line(settings: Settings, spawn: Spawn) -> AsyncIterator[Line]:
+    line = Line(settings, spawn)
+    await line.start()
+    yield line
+    await line.stop()
+
+
+def assert_same(published: dict[str, dict[bytes, int]], computed: dict[str, set[bytes]]) -> None:
+    for name, values in computed.items():
+        missing, extra = values - published[name].keys(), published[name].keys() - values
+        assert not missing, (name, len(missing), sorted(missing)[:2])
+        assert not extra, (name, len(extra), sorted(extra)[:2])
+
+
+class Misfortune:
+    """What may befall workers and the broker, in an order given by the seed."""
+
+    def __init__(self, line: Line, servers: Servers, seed: int) -> None:
+        self._line, self._servers = line, servers
+        self._rng = random.Random(seed)
+        self.happened: list[str] = []
+
+    async def strike(self, kind: str) -> None:
+        alive = [worker for worker in self._line.workers if worker.popen.poll() is None]
+        self.happened.append(kind)
+        match kind:
+            case "kill":
+                if alive:
+                    self._rng.choice(alive).popen.kill()
+                await asyncio.sleep(self._rng.choice((0, 0.5, 2)))
+                self._line.work()
+            case "join":
+                self._line.work()
+            case "leave":
+                if len(alive) > 1:
+                    alive[0].popen.send_signal(signal.SIGTERM)
+            case "freeze":  # for longer than the session lasts, and then it goes on where it was
+                if alive:
+                    worker = self._rng.choice(alive)
+                    worker.popen.send_signal(signal.SIGSTOP)
+                    await asyncio.sleep(12)
+                    worker.popen.send_signal(signal.SIGCONT)
+            case "broker":
+                assert self._servers.broker is not None
+                self._servers.broker.kill()
+                await asyncio.sleep(1)
+                await asyncio.to_thread(self._servers.broker.restart)
+        for worker in self._line.workers:  # one that gave up, for want of a broker say, is started again
+            if worker.popen.poll() not in (None, 0) and worker in alive and kind == "broker":
+                self._line.work()
+
+
+async def test_twenty_misfortunes_change_no_byte(line: Line, servers: Servers, tmp_path: Path) -> None:
+    if servers.broker is None:
+        pytest.skip("the broker is not ours to kill")
+    records = market_log(tmp_path, rate=30, seconds=3_600)
+    half = len(records) // 2
+    await line.send(records[:half])
+    line.work()
+    line.work()
+    misfortune = Misfortune(line, servers, seed=1)
+    kinds = ["kill"] * 13 + ["join", "leave", "join", "freeze", "freeze", "broker", "broker"]
+    random.Random(2).shuffle(kinds)
+    rest = asyncio.create_task(_paced(line, records[half:], 60))
+    for kind in kinds:
+        await asyncio.sleep(1.5)
+        await misfortune.strike(kind)
+    await rest
+    if not any(worker.popen.poll() is None for worker in line.workers):
+        line.work()
+    await line.done()
+    published = await line.published()
+    assert_same(published, await line.computed(tmp_path))
+    repeats = sum(count - 1 for counts in published.values() for count in counts.values())
+    assert repeats > 0, "nothing was done twice: the kills hit nothing"
+
+
+async def _paced(line: Line, records: list[RawRecord], seconds: float) -> None:
+    steps = int(seconds / 0.25)
+    size = -(-len(records) // steps)
+    for first in range(0, len(records), size):
+        await line.send(records[first : first + size])
+        await asyncio.sleep(0.25)
+
+
+async def test_poison_stops_no_partition(line: Line, tmp_path: Path) -> None:
+    records = market_log(tmp_path, rate=80, seconds=120)
+    worker = line.work()
+    good = records[5].headers()
+    for number, value in enumerate(POISON * 3):
+        await line.send(records[number * 100 : number * 100 + 100])
+        headers = ([], [("kind", b"slice"), ("n", b"x")], good)[number % 3]
+        await line.poison(number % topics.PARTITIONS, value, headers)
+    await line.send(records[100 * 3 * len(POISON) :])
+    await line.done(60)
+    assert worker.popen.poll() is None, worker.log.read_text()
+    published = await line.published()
+    computed = await line.computed(tmp_path)
+    assert_same(published, computed)
+    reasons = [json.loads(value)["reason"] for value in published[topics.DEAD_LETTERS.name]]
+    assert sum("not a record of the raw topic" in reason for reason in reasons) == 12
+
+
+async def test_a_log_that_was_overtaken_by_retention_is_a_gap_and_its_bars_are_partial(
+    line: Line, tmp_path: Path
+) -> None:
+    records = market_log(tmp_path, rate=80, seconds=600)
+    third = len(records) // 3
+    await line.send(records[:third])
+    worker = line.work()
+    await line.done(60)
+    worker.popen.kill()
+    worker.popen.wait()
+    before = await line.published()
+    await line.send(records[third : 2 * third])
+    await _delete_all(line.settings)
+    await line.send(records[2 * third :])
+    line.work()
+    await line.done(60)
+    published = await line.published()
+    gaps = [json.loads(value) for value in published[topics.GAPS.name]]
+    lost = [gap for gap in gaps if gap["reason"] == "log"]
+    assert sorted(gap["partition"] for gap in lost) == list(range(topics.PARTITIONS))
+    for gap in lost:
+        until_ns = next(r.timestamp_ms for r in records[2 * third :] if r.partition == gap["partition"]) * 10**6
+        assert gap["to"] == until_ns
+        assert records[third - 500].timestamp_ms - 60_000 <= gap["from"] // 10**6 <= records[third].timestamp_ms
+    new = published[topics.BARS_1M.name].keys() - before[topics.BARS_1M.name].keys()
+    bars = [bar for value in new if (bar := json.loads(value))["kind"] == "bar"]
+    torn = {gap["partition"]: gap["to"] for gap in lost}
+    first = [bar for bar in bars if any(bar["start"] <= to < bar["end"] for to in torn.values())]
+    assert first
+    assert all({"partial", "gap"} <= set(bar["flags"]) for bar in first)
+    assert any(bar["flags"] == [] for bar in bars)
+
+
+async def _delete_all(settings: Settings) -> None:
+    """Everything that the raw topic has, as retention would."""
+    name = settings.topic_prefix + topics.RAW.name
+    places = [TopicPartition(name, number) for number in range(topics.PARTITIONS)]
+    reader = AIOKafkaConsumer(**settings.kafka_options())
+    admin = AIOKafkaAdminClient(**settings.kafka_options())
+    await reader.start()
+    await admin.start()
+    ends: dict[TopicPartition, Any] = await reader.end_offsets(places)
+    await admin.delete_records({place: _records_to_delete(end) for place, end in ends.items()})
+    await reader.stop()
+    await admin.close()
+
+
+def _records_to_delete(before: int) -> Any:
+    from aiokafka.admin import RecordsToDelete
+
+    return RecordsToDelete(before_offset=before)
