@@ -69,19 +69,23 @@ class Line:
     def __init__(self, settings: Settings, spawn: Spawn) -> None:
         self.settings = settings
         self._spawn = spawn
-        self.workers: list[Process] = []
+        self.workers: dict[str, Process] = {}
         self._publisher = clients.Publisher(settings)
+        self._reader = AIOKafkaConsumer(**settings.kafka_options())
 
     async def start(self) -> None:
         await clients.prepare(self.settings)
         await self._publisher.start()
+        await self._reader.start()
 
     async def stop(self) -> None:
         await self._publisher.stop()
+        await self._reader.stop()
 
-    def work(self) -> Process:
-        self.workers.append(self._spawn("process", connect_timeout_s=60))
-        return self.workers[-1]
+    def work(self, name: str) -> Process:
+        """A worker; one of the same name takes up at once what the one before it had."""
+        self.workers[name] = self._spawn("process", connect_timeout_s=60, worker_id=name)
+        return self.workers[name]
 
     async def send(self, records: Iterable[RawRecord]) -> None:
         """As a producer does: again from the same mark when a round failed."""
@@ -101,19 +105,22 @@ class Line:
         topic, now = self.settings.topic_prefix + topics.RAW.name, int(time.time() * 1000)
         await self._publisher.publish([clients.Message(topic, partition, None, value, now, headers)])
 
+    async def trades(self) -> int:
+        """How many records stand in trades.v1."""
+        places = [TopicPartition(self.settings.topic_prefix + topics.TRADES.name, n) for n in range(topics.PARTITIONS)]
+        return sum((await self._reader.end_offsets(places)).values())
+
     async def done(self, timeout_s: float = 180) -> None:
         """Waits until the group has committed all there is, of every stage's topic."""
         group = self.settings.topic_prefix + "tapedeck-processor"
         names = [self.settings.topic_prefix + stage.topic.name for stage in ALL]
         places = [TopicPartition(name, number) for name in names for number in range(topics.PARTITIONS)]
-        reader = AIOKafkaConsumer(**self.settings.kafka_options())
         admin = AIOKafkaAdminClient(**self.settings.kafka_options())
-        await reader.start()
         await admin.start()
 
         async def committed() -> bool:
             with contextlib.suppress(KafkaError):
-                ends = await reader.end_offsets(places)
+                ends = await self._reader.end_offsets(places)
                 found = await admin.list_consumer_group_offsets(group)
                 return all(
                     not ends[place] or (place in found and found[place].offset == ends[place]) for place in places
@@ -123,7 +130,6 @@ class Line:
         try:
             await until(committed, timeout_s)
         finally:
-            await reader.stop()
             await admin.close()
 
     async def published(self) -> dict[str, dict[bytes, int]]:
@@ -171,62 +177,57 @@ def assert_same(published: dict[str, dict[bytes, int]], computed: dict[str, set[
         assert not extra, (name, len(extra), sorted(extra)[:2])
 
 
-class Misfortune:
-    """What may befall workers and the broker, in an order given by the seed."""
-
-    def __init__(self, line: Line, servers: Servers, seed: int) -> None:
-        self._line, self._servers = line, servers
-        self._rng = random.Random(seed)
-        self.happened: list[str] = []
-
-    async def strike(self, kind: str) -> None:
-        alive = [worker for worker in self._line.workers if worker.popen.poll() is None]
-        self.happened.append(kind)
-        match kind:
-            case "kill":
-                if alive:
-                    self._rng.choice(alive).popen.kill()
-                await asyncio.sleep(self._rng.choice((0, 0.5, 2)))
-                self._line.work()
-            case "join":
-                self._line.work()
-            case "leave":
-                if len(alive) > 1:
-                    alive[0].popen.send_signal(signal.SIGTERM)
-            case "freeze":  # for longer than the session lasts, and then it goes on where it was
-                if alive:
-                    worker = self._rng.choice(alive)
-                    worker.popen.send_signal(signal.SIGSTOP)
-                    await asyncio.sleep(12)
-                    worker.popen.send_signal(signal.SIGCONT)
-            case "broker":
-                assert self._servers.broker is not None
-                self._servers.broker.kill()
-                await asyncio.sleep(1)
-                await asyncio.to_thread(self._servers.broker.restart)
-        for worker in self._line.workers:  # one that gave up, for want of a broker say, is started again
-            if worker.popen.poll() not in (None, 0) and worker in alive and kind == "broker":
-                self._line.work()
+async def strike(kind: str, line: Line, servers: Servers, rng: random.Random) -> None:
+    """What may befall workers and the broker."""
+    alive = [name for name, worker in line.workers.items() if worker.popen.poll() is None]
+    name = rng.choice(alive)
+    worker = line.workers[name].popen
+    match kind:
+        case "kill":
+            worker.kill()
+            await asyncio.sleep(rng.choice((0, 0.5, 2)))
+            line.work(name)
+        case "join":
+            line.work(f"joined{len(line.workers)}")
+        case "leave":
+            worker.send_signal(signal.SIGTERM)
+        case "freeze":  # for longer than the session lasts, and then it goes on where it was
+            worker.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(12)
+            worker.send_signal(signal.SIGCONT)
+        case "broker":
+            assert servers.broker is not None
+            servers.broker.kill()
+            await asyncio.to_thread(servers.broker.restart)
+            await asyncio.sleep(1)
+    for name in alive:  # who gave up, for want of a broker, is started again
+        if line.workers[name].popen.poll():
+            line.work(name)
 
 
 async def test_twenty_misfortunes_change_no_byte(line: Line, servers: Servers, tmp_path: Path) -> None:
+    """Each strikes while somebody is at work on a backlog."""
     if servers.broker is None:
         pytest.skip("the broker is not ours to kill")
-    records = market_log(tmp_path, rate=30, seconds=3_600)
-    half = len(records) // 2
-    await line.send(records[:half])
-    line.work()
-    line.work()
-    misfortune = Misfortune(line, servers, seed=1)
+    rng = random.Random(1)
     kinds = ["kill"] * 13 + ["join", "leave", "join", "freeze", "freeze", "broker", "broker"]
-    random.Random(2).shuffle(kinds)
-    rest = asyncio.create_task(_paced(line, records[half:], 60))
-    for kind in kinds:
-        await asyncio.sleep(1.5)
-        await misfortune.strike(kind)
-    await rest
-    if not any(worker.popen.poll() is None for worker in line.workers):
-        line.work()
+    rng.shuffle(kinds)
+    records = market_log(tmp_path, rate=100, seconds=3_600)
+    size = -(-len(records) // (len(kinds) + 1))
+    pieces = [records[first : first + size] for first in range(0, len(records), size)]
+    await line.send(pieces.pop(0))
+    line.work("first")
+    line.work("second")
+    for kind, piece in zip(kinds, pieces, strict=True):
+        before = await line.trades()
+        sending = asyncio.create_task(line.send(piece))
+
+        async def at_work(before: int = before) -> bool:
+            return await line.trades() > before
+
+        await until(at_work, 60)
+        await strike(kind, line, servers, rng)
+        await sending
     await line.done()
     published = await line.published()
     assert_same(published, await line.computed(tmp_path))
@@ -234,17 +235,9 @@ async def test_twenty_misfortunes_change_no_byte(line: Line, servers: Servers, t
     assert repeats > 0, "nothing was done twice: the kills hit nothing"
 
 
-async def _paced(line: Line, records: list[RawRecord], seconds: float) -> None:
-    steps = int(seconds / 0.25)
-    size = -(-len(records) // steps)
-    for first in range(0, len(records), size):
-        await line.send(records[first : first + size])
-        await asyncio.sleep(0.25)
-
-
 async def test_poison_stops_no_partition(line: Line, tmp_path: Path) -> None:
     records = market_log(tmp_path, rate=80, seconds=120)
-    worker = line.work()
+    worker = line.work("only")
     good = records[5].headers()
     for number, value in enumerate(POISON * 3):
         await line.send(records[number * 100 : number * 100 + 100])
@@ -266,7 +259,7 @@ async def test_a_log_that_was_overtaken_by_retention_is_a_gap_and_its_bars_are_p
     records = market_log(tmp_path, rate=80, seconds=600)
     third = len(records) // 3
     await line.send(records[:third])
-    worker = line.work()
+    worker = line.work("only")
     await line.done(60)
     worker.popen.kill()
     worker.popen.wait()
@@ -274,7 +267,7 @@ async def test_a_log_that_was_overtaken_by_retention_is_a_gap_and_its_bars_are_p
     await line.send(records[third : 2 * third])
     await _delete_all(line.settings)
     await line.send(records[2 * third :])
-    line.work()
+    line.work("only")
     await line.done(60)
     published = await line.published()
     gaps = [json.loads(value) for value in published[topics.GAPS.name]]
