@@ -32,7 +32,7 @@ from tapedeck.shell import Shell
 
 log = structlog.get_logger()
 
-PING_S = 5.0  # a pong proves that everything sent before it has arrived
+PING_S = 1.0  # a pong proves that everything sent before it was asked for has arrived, so an idle feed ticks by them
 PONG_TIMEOUT_S = 10.0  # half-open sockets answer no ping
 WATCH_S = 0.5
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 60.0
@@ -293,6 +293,7 @@ class Producer:
     async def _ping(self, socket: ClientConnection) -> None:
         while True:
             await asyncio.sleep(PING_S)
+            asked = self._clock()
             try:
                 await asyncio.wait_for(await socket.ping(), PONG_TIMEOUT_S)
             except ConnectionClosed:
@@ -301,7 +302,7 @@ class Producer:
                 log.warning("no pong, the connection is half open")
                 socket.transport.abort()
                 return
-            self._slicer.pong(self._clock())
+            self._slicer.pong(asked, self._clock())
             self._pump()
 
     async def _watch(self, socket: ClientConnection) -> None:

@@ -97,7 +97,6 @@ class Slicer:
         self._streams, self._pairs = list(streams), list(pairs)
         self.epoch = epoch or (resume.epoch + 1 if resume else 1)
         self.clock = FeedClock((resume.clock_ms * NS_PER_MS, resume.recv_ns) if resume else None)
-        self._proven = self.clock.now
         self._numbers = [0] * PARTITIONS
         self._open: dict[int, _Slice] = {}
         self._lingers_until = 0  # when the oldest open slice is due, or earlier
@@ -149,10 +148,10 @@ class Slicer:
         known = [rhythm for rhythm in self._rhythms.values() if rhythm.known]
         # Where all that can be judged are silent, those that cannot are no better, and pongs prove nothing.
         dead = bool(known) and all(rhythm.suspect(now) for rhythm in known)
-        lately = max((at for at in self._heard_at.values() if at is not None), default=self._proven)
+        lately = max((at for at in self._heard_at.values() if at is not None), default=self.clock.now)
         for stream, rhythm in self._rhythms.items():
             doubted = stream in self._unproven
-            proven = lately if dead else self._proven
+            proven = lately if dead else self.clock.now
             since = self._heard_at.get(stream) if doubted or rhythm.suspect(now) else proven
             groups.setdefault(("stall" if doubted or stream in stalled else reason, since), []).append(stream)
         # Trades first: a gap is a tick, and what closes at it must know of the gap.
@@ -162,20 +161,21 @@ class Slicer:
     @property
     def missed_since(self) -> list[int | None]:
         """For each partition, from when on anything may have been missed as far as no record says yet, ns."""
-        since = [gap.since for gap in self._gaps] + [[self._proven] * PARTITIONS]
+        since = [gap.since for gap in self._gaps] + [[self.clock.now] * PARTITIONS]
         since += [[self._heard_at.get(stream)] * PARTITIONS for stream in self._unproven]
         return [None if None in each else min(at for at in each if at is not None) for each in zip(*since, strict=True)]
 
-    def pong(self, now: int) -> None:
-        """An answered ping: everything the feed sent before it has arrived."""
+    def pong(self, asked: int, now: int) -> None:
+        """An answered ping: everything that the feed had sent when it was asked has arrived."""
         self.advance(now)
-        self._proven = self.clock.now
+        self._idle(asked, now)
 
     # -- events ------------------------------------------------------------------------------------
 
     def frame(self, items: list[Item], recv: int) -> None:
         """The events of one frame, in order."""
         self.advance(recv)
+        self._idle(recv, recv)
         heard: dict[str, int] = {}
         for item in items:
             ev = "bad" if item.head is None else item.head.ev
@@ -203,8 +203,6 @@ class Slicer:
             self._hold(item, claim)
         for stream in (heard.keys() & self._rhythms.keys()) - self._unproven.keys():
             self._heard_at[stream] = clock.now
-        if not self._held:
-            self._proven = self.clock.now
 
     def _hold(self, item: Item, claim: Claim) -> None:
         self._held.append((item, claim))
@@ -228,7 +226,6 @@ class Slicer:
             if believed:
                 self._move(self.clock.believe(claim), claim.recv)
             self._append(item, claim.recv)
-        self._proven = self.clock.now  # events only moved it: it is as it was when the last of them came
 
     def _end_gap(self, now: int, final: bool) -> bool:
         """Ends the gap once the events after it say what time it is; whether it is ended.
@@ -319,7 +316,7 @@ class Slicer:
     # -- time --------------------------------------------------------------------------------------
 
     def advance(self, now: int) -> None:
-        """Does what is due at `now`: closes lingering slices, lets held events go, ticks if idle."""
+        """Does what is due at `now`: closes lingering slices, lets held events go."""
         self._now = now
         if self._held:
             self._release(now)
@@ -328,10 +325,15 @@ class Slicer:
                 self._close(partition)
             opened = min((s.opened for s in self._open.values()), default=now)
             self._lingers_until = opened + self._settings.linger_ns
-        if self.clock.may_idle(now):
+
+    def _idle(self, until: int, now: int) -> None:
+        """Moves the clock on by elapsed time, as far as a frame or a pong proves that nothing came meanwhile:
+        by itself it would run on while a connection is dead and nobody knows yet, and what was missed then
+        would lie behind the last tick, in no gap."""
+        if self.clock.may_idle(until):
             alive_until = self._alive_until()
             if alive_until is not None:
-                idle = self.clock.idle(min(now, alive_until))
+                idle = self.clock.idle(min(until, alive_until))
                 if idle is not None:
                     self._move(idle, now)
 
@@ -344,15 +346,10 @@ class Slicer:
             if claim.recv + HOLD_NS > self._now:
                 due.append(claim.recv + HOLD_NS)
                 break
-        alive_until = self._alive_until()
-        if alive_until is not None and self.clock.now is not None:
-            at = self.clock.idle_reaches((self.clock.now // NS_PER_S + 1) * NS_PER_S)
-            if at is not None and at <= alive_until:
-                due.append(at)
         return min(due, default=None)
 
     def _alive_until(self) -> int | None:
-        """The receive time up to which the feed is proven alive; None: it is not, or must not tick now."""
+        """The receive time up to which the feed may be taken for alive; None: it is not, or must not tick now."""
         if not self._connected or self._held or self._gaps:
             return None
         lively = [stream for stream in self._streams if stream not in LAGGING] or self._streams

@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from conftest import Market, Process, Produce, flows, stopped, until
+from conftest import RATE, Market, Process, Produce, flows, stopped, until
 
 from bench.scoring import Score, raw_log, score, spans_of
 from producers import service
@@ -99,6 +99,25 @@ async def test_a_feed_that_lies_about_being_alive_is_found_out(
     stalls = [span for span in spans_of(log)[0] if span.reason == "stall"]
     wanted = {"XT", "XQ"} if fault == "half-open" else {fault.get("stream", "XT"), fault.get("stream", "XQ")}
     assert stalls[0].streams == wanted
+    assert found.excess_s < EXCESS_S, found
+
+
+async def test_killed_while_the_connection_is_half_open_and_nobody_knows_yet_all_that_was_missed_is_marked(
+    settings: Settings, market: Market, produce: Produce
+) -> None:
+    producer = produce(streams=["XT", "XQ"])
+    await flows(market, 2)
+    await inject(market, "half-open", seconds=5)
+    await flows(market, 5)
+    producer.popen.kill()
+    producer.popen.wait()
+    assert "half open" not in producer.log.read_text()
+    again = produce(streams=["XT", "XQ"])
+    await flows(market, 4)
+    await stopped(again)
+    found, _ = await scored(settings, market)
+    assert set(found.gaps) == {"away"}
+    assert found.in_gaps > 5 * RATE
     assert found.excess_s < EXCESS_S, found
 
 
