@@ -180,6 +180,7 @@ class Producer:
         """Everything received goes out, with the `stop` gap behind it, or stays in the journal."""
         self._slicer.stop(self._clock())
         self._append()
+        self._warn_without_clock()
         try:
             await asyncio.wait_for(self._journal.empty(), STOP_S)
         except TimeoutError:
@@ -466,11 +467,18 @@ class Producer:
                 journal_records=len(self._journal),
                 journal_bytes=self._journal.size,
             )
+            self._warn_without_clock()
             metrics.SILENT.set(len(self._silent))
             if self._silent - told:
                 names = sorted(f"{stream}.{pair}" for stream, pair in self._silent)
                 log.warning("acknowledged by the vendor, but never delivered", channels=names)
                 told |= self._silent
+
+    def _warn_without_clock(self) -> None:
+        """A log begins with the first event that tells the time; what comes before is in no record."""
+        counts = self._slicer.counts
+        if self._slicer.clock.now is None and counts:
+            log.warning("nothing that came tells the time, so nothing is recorded yet", events=dict(counts))
 
 
 def _evicted(error: Exception) -> bool:

@@ -206,7 +206,7 @@ class Slicer:
 
     def _hold(self, item: Item, claim: Claim) -> None:
         self._held.append((item, claim))
-        if self._gaps and self._settles_at is None:
+        if self._gaps and self._settles_at is None and (self.clock.now is not None or self.clock.possible(claim)):
             self._settles_at = claim.recv + self._settings.settle_ns
         self._release(claim.recv)
 
@@ -231,22 +231,28 @@ class Slicer:
         """Ends the gap once the events after it say what time it is; whether it is ended.
 
         The first held event to be believed decides; if nothing in 2 s or 1,000 events tells the time, the
-        clock goes by elapsed time. The first event may be a late one, so those that came with it may move
-        the end on, as far as they are in bounds.
+        clock goes by elapsed time. Where there is no clock yet the time begins to count with the first event
+        that tells any: no wall clock must begin a log. The first event may be a late one, so those that came
+        with it may move the end on, as far as they are in bounds.
         """
-        settled = self._settles_at is not None and now >= self._settles_at
-        if not self._held or not (settled or final or len(self._held) >= HOLD_EVENTS):
+        full = len(self._held) >= HOLD_EVENTS
+        if self._settles_at is None:
+            if full:  # and there is no clock yet: these lie in the gap `start`
+                self._held.clear()
+            return False
+        if not (now >= self._settles_at or final or full):
             return False
         claims = [claim for _, claim in self._held]
-        waited = final or len(claims) >= HOLD_EVENTS or now >= claims[0].recv + HOLD_NS
-        telling = [claim for claim in claims if not (claim.lagging or self.clock.leads(claim))] or claims
+        waited = final or full or now >= self._settles_at - self._settings.settle_ns + HOLD_NS
+        possible = [claim for claim in claims if self.clock.possible(claim)]
+        telling = [claim for claim in possible if not (claim.lagging or self.clock.leads(claim))] or possible
         believed = self._first_belief(telling, now, waited)
         if believed is not None:
             self.clock.believe(believed)
-            first = [c for c in telling if c.recv <= claims[0].recv + self._settings.settle_ns]
+            first = [c for c in telling if c.recv <= self._settles_at]
             clock = max(c.ts or 0 for c in [believed, *first] if self.clock.in_bounds(c))
-        elif waited and (final or self.clock.now is not None or len(claims) >= HOLD_EVENTS):
-            clock = self.clock.idle(claims[-1].recv) or claims[0].recv
+        elif waited and (idle := self.clock.idle(claims[-1].recv)) is not None:
+            clock = idle
         else:
             return False
         clock = max(clock, self.clock.now or 0)
@@ -400,7 +406,8 @@ class Slicer:
                     self._emit_gap(partition, gap.streams, since, None, "stop", now)
 
     def flush(self, now: int) -> None:
-        """Everything held or lingering goes out now, as after the longest wait."""
+        """Everything held or lingering goes out now, as after the longest wait; but no record can be made while
+        nothing has told the time yet."""
         if self._held:
             self._release(max(now, *(claim.recv + HOLD_NS for _, claim in self._held)), final=True)
         for partition in list(self._open):

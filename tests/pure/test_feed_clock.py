@@ -197,10 +197,41 @@ class TestTheFirstEvent:
         feed.until(T0 + MINUTE + 3_000)
         assert feed.times("gap") == [50_000]
 
-    def test_of_a_thousand_without_a_time_the_clock_begins_at_the_receive_time(self) -> None:
+    def test_where_nothing_ever_tells_the_time_no_wall_clock_gets_into_the_log(self) -> None:
+        for end in (Feed.flush, Feed.lost, Feed.stop):
+            feed = Feed()
+            feed.raw(T0, b"not json")
+            feed.frame(T0 + 100, b'{"ev":"XT"}', xt(IN_2099))
+            end(feed, T0 + MINUTE)
+            assert feed.records == []
+
+    def test_without_a_time_it_is_recorded_when_a_later_session_tells_it(self) -> None:
         feed = Feed()
-        feed.at(T0, *[b'{"ev":"XT"}'] * 1_000)
-        assert feed.times("gap") == [LATENCY_MS]
+        feed.raw(T0, b"not json")
+        feed.lost(T0 + 5_000)
+        feed.connected()
+        feed.at(T0 + MINUTE, xt(T0 + 50_000))
+        feed.until(T0 + MINUTE + 3_000)
+        assert feed.times("gap") == [50_000]
+        assert [record.value for record in feed.of("bad")] == [b"not json"]
+
+    def test_garbage_before_it_takes_nothing_from_the_time_to_judge_it(self) -> None:
+        feed = Feed()
+        feed.raw(T0 - MINUTE, b"not json")
+        feed.at(T0, xt(T0 + 30_000, x=3), xt(T0 + 30_000, x=3, pair="ETH-USD"))
+        feed.at(T0 + 10, xt(T0), xt(T0, x=2))
+        feed.until(T0 + 2_100)
+        assert feed.times("gap") == [0]
+        assert quarantined(feed) == [30_000, 30_000]
+
+    def test_of_more_than_a_thousand_without_a_time_the_last_are_kept(self) -> None:
+        """Memory has its limits, and before the log's first event there is the gap `start`."""
+        feed = Feed()
+        feed.at(T0, *[b'{"ev":"XT"}'] * 2_500)
+        feed.at(T0 + 100, xt(T0))
+        feed.until(T0 + 3_000)
+        assert feed.times("gap") == [0]
+        assert sum(record.events for record in feed.of("slice")) == 501
 
     def test_of_a_delayed_feed_it_sets_the_clock_a_quarter_of_an_hour_behind(self) -> None:
         feed = Feed()

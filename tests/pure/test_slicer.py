@@ -509,7 +509,8 @@ class TestEveryFrameStream:
     def test_every_byte_that_was_sent_stands_in_the_log_once(
         self, happened: list[Happening], settings: SlicerSettings
     ) -> None:
-        records, sent = played(happened, settings)
+        told = (100.0, ("frame", [(0, "BTC-USD", 1, xt)]))  # a log begins with the first event that tells the time
+        records, sent = played([*happened, told], settings)
         logged = [
             data
             for record in records
