@@ -36,6 +36,7 @@ PING_S = 1.0  # a pong proves that everything sent before it was asked for has a
 PONG_TIMEOUT_S = 10.0  # half-open sockets answer no ping
 WATCH_S = 0.5
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 60.0
+LONGEST_RESEND_S = 5.0
 EVICTED_REST_S = 60.0  # two clients that evict each other must not do it faster than this
 STOP_S = 2.5  # an orderly stop waits this long for Kafka to take the rest; then it stays in the journal
 GOOD_AFTER_S = 60.0  # the backoff starts anew only when data has flowed this long
@@ -227,8 +228,7 @@ class Producer:
                 self._pump()
             flowed = self._data_last - self._data_since >= GOOD_AFTER_S * NS_PER_S
             failures = 0 if flowed else failures + 1
-            rest += random.uniform(0, min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** max(0, failures - 1)))
-            await asyncio.sleep(rest)
+            await asyncio.sleep(rest + _jitter(failures, FIRST_RETRY_S, LONGEST_RETRY_S))
 
     async def _session(self) -> None:
         """Returns only by raising: SessionError, AuthFailed, Refused, WebSocketException, OSError."""
@@ -385,6 +385,7 @@ class Producer:
         not in the log is sent again by a new client. Raises Superseded."""
         topic = self._settings.topic_prefix + topics.RAW.name
         failures = 0
+        told: set[type[Exception]] = set()
         began = time.monotonic()
         self._journal.rewind()  # a former tenure may have ended in the middle of a round
         while True:
@@ -406,18 +407,24 @@ class Producer:
             except (KafkaError, OSError) as error:
                 self._journal.rewind()
                 failures += 1
-                metrics.PRODUCER_ERRORS.labels("kafka").inc()
+                refusal = kafka.refusal(error, topics.RAW)
+                metrics.PRODUCER_ERRORS.labels("refused" if refusal else "kafka").inc()
                 self._counts["errors"] += 1
-                self._shell.health["kafka"] = f"sending fails: {error}"
-                if failures == 1:
-                    log.warning("Kafka does not take the records, the journal keeps them", error=str(error))
-                await asyncio.sleep(random.uniform(0.1, min(5.0, 0.25 * 2**failures)))
+                self._shell.health["kafka"] = f"sending fails: {refusal or error}"
+                if type(error) not in told:
+                    told.add(type(error))
+                    if refusal:
+                        log.error(f"Kafka refuses the records, the journal keeps them: {refusal}", error=str(error))
+                    else:
+                        log.warning("Kafka does not take the records, the journal keeps them", error=str(error))
+                await asyncio.sleep(0.1 + _jitter(failures, 0.25, LONGEST_RESEND_S))
                 continue
             if failures:
                 log.info("Kafka takes the records again", failures=failures)
             if self._slow:
                 log.info("Kafka has taken the records")
             failures, self._slow, self._round_began = 0, False, None
+            told.clear()
             self._shell.health["kafka"] = None
             self._journal.acknowledge()
             for kind, count in Counter(record.kind for record in records).items():
@@ -479,6 +486,12 @@ class Producer:
         counts = self._slicer.counts
         if self._slicer.clock.now is None and counts:
             log.warning("nothing that came tells the time, so nothing is recorded yet", events=dict(counts))
+
+
+def _jitter(failures: int, first_s: float, longest_s: float) -> float:
+    """How long to rest after so many failures in a row: exponential with full jitter. Only so many double it, for
+    2.0 ** 1024 is no number, and a vendor may be away for a night."""
+    return random.uniform(0, min(longest_s, first_s * 2 ** min(max(0, failures - 1), 16)))
 
 
 def _evicted(error: Exception) -> bool:
