@@ -4,22 +4,20 @@ Everything that makes the log what it is is decided here: slices, ticks, gaps, e
 record's timestamp. Bytes and receive times go in; records come out of `take()` in the order to publish.
 """
 
-import contextlib
 from collections import Counter, deque
 from collections.abc import Container, Iterable
-from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
-from aiokafka.partitioner import murmur2
 
 from producers.clock import HOLD_EVENTS, HOLD_NS, Claim, FeedClock
 from producers.rhythm import Rhythm
 from producers.split import Item
 from schemas.events import NS_PER_MS, NS_PER_S
+from schemas.partition import partition_of
 from schemas.raw import GapValue, RawRecord, Runs, TickValue
 from schemas.topics import PARTITIONS
-from schemas.wire import Head, symbol_of
+from schemas.wire import Head
 
 
 class SlicerSettings(msgspec.Struct, frozen=True):
@@ -64,15 +62,6 @@ class _Pending(NamedTuple):
     reason: str
     streams: list[str]
     since: list[int | None]
-
-
-@lru_cache(maxsize=65536)
-def partition_of(pair: str) -> int:
-    """Kafka's default partitioner by symbol, so that any producer keyed by it agrees and every spelling of
-    a pair lies in one partition; what is no pair goes by its own bytes."""
-    with contextlib.suppress(ValueError):
-        pair = symbol_of(pair)
-    return (murmur2(pair.encode()) & 0x7FFFFFFF) % PARTITIONS if pair else 0
 
 
 def _claim(head: Head | None, recv: int) -> Claim:

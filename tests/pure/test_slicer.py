@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from producers.offline import records_of
-from producers.slicer import Slicer, SlicerSettings, partition_of
+from producers.slicer import Slicer, SlicerSettings
 from producers.split import split_frame
 from schemas.events import NS_PER_MS
 from schemas.frames import Frame
+from schemas.partition import partition_of
 from schemas.raw import RawRecord, decode_gap_value
 from schemas.topics import PARTITIONS
 
