@@ -11,7 +11,7 @@ import pytest
 from conftest import RATE, Market, Process, Produce, flows, stopped, until
 
 from bench.scoring import Score, raw_log, score, spans_of
-from producers import service
+from producers import service, session
 from schemas.raw import RawRecord
 from tapedeck.settings import Settings
 from tapedeck.shell import Shell
@@ -193,7 +193,7 @@ async def test_a_refused_channel_is_named_and_the_others_flow(
 async def test_evicted_it_rests_and_explains_and_a_silent_pair_is_named(
     settings: Settings, market: Market, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(service, "EVICTED_REST_S", 1.5)
+    monkeypatch.setattr(session, "EVICTED_REST_S", 1.5)
     monkeypatch.setattr(service, "STATISTICS_S", 1.0)
     wanted = {"polygon_ws_url": market.url, "symbols": ["BTC-USD", "NOP-USD"], "streams": ["XT", "XQ"]}
     shell = Shell(settings.model_copy(update=wanted), "produce")

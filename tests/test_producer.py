@@ -16,7 +16,7 @@ from conftest import Spawn, until
 from websockets.asyncio.server import ServerConnection, serve
 
 from bench.scoring import raw_log
-from producers import service
+from producers import service, session
 from producers.protocol import AuthFailed, Evicted, Protocol, Refused, SessionError
 from producers.resume import read_log_end
 from producers.split import split_frame
@@ -357,7 +357,7 @@ async def test_a_user_that_may_not_write_any_more_is_told_of_with_what_to_do(
 
 
 def test_thousands_of_failures_in_a_row_are_no_reason_to_fail() -> None:
-    rests = [service._jitter(failures, 0.5, 60) for failures in (0, 1, 5_000)]
+    rests = [session.jitter(failures, 0.5, 60) for failures in (0, 1, 5_000)]
     assert max(rests[:2]) <= 0.5
     assert rests[2] <= 60
 
@@ -366,7 +366,7 @@ def test_thousands_of_failures_in_a_row_are_no_reason_to_fail() -> None:
 async def test_tls_that_fails_and_refused_connections_are_tried_again(
     settings: Settings, feed: Feed, url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "LONGEST_RETRY_S", 0.2)
+    monkeypatch.setattr(session, "LONGEST_RETRY_S", 0.2)
     url = url.format(address=feed.url.split("/")[2])
     shell = Shell(settings.model_copy(update={"polygon_ws_url": url}), "produce")
     running = asyncio.create_task(service.run(shell))
