@@ -9,10 +9,10 @@ from typing import NamedTuple
 import msgspec
 from aiokafka import TopicPartition
 
-from producers.slicer import partition_of
 from producers.split import split_frame
 from schemas import topics, wire
 from schemas.events import NS_PER_MS, NS_PER_S
+from schemas.partition import partition_of
 from schemas.raw import RawRecord, decode_gap_value, from_kafka
 from tapedeck import kafka
 from tapedeck.settings import Settings

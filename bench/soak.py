@@ -113,7 +113,9 @@ class Soak:
         else:
             frames = self._folder / "frames.ndjson"
             seconds = self._options.seconds + SETTLED_S
-            await asyncio.to_thread(write_frames, frames, self._options.rate, seconds, 4)
+            # Of today: for records older than a day a broker that was killed no longer knows what it has of a producer.
+            today_ms = int(time.time() * 1000)
+            await asyncio.to_thread(write_frames, frames, self._options.rate, seconds, 4, today_ms)
             command += ["--frames", str(frames)]
         self._feed = self._child("simulate", *command)
         await self._feed.start()

@@ -158,7 +158,3 @@ class FeedClock:
             return None
         ts, recv = self._last
         return max(self.now, ts + now - recv - MARGIN_NS)
-
-    def idle_reaches(self, ts: int) -> int | None:
-        """The receive time at which an idle clock gets to `ts`."""
-        return None if self._last is None else ts - self._last[0] + self._last[1] + MARGIN_NS

@@ -3,9 +3,10 @@
 import asyncio
 
 import click
-from websockets.exceptions import InvalidURI, WebSocketException
+from websockets.exceptions import WebSocketException
 
-from producers.protocol import AuthFailed, Evicted, Protocol, Refused, SessionError, params_of
+from producers.protocol import Evicted, Protocol, SessionError, params_of
+from producers.session import FINAL, explained
 from producers.socket import ANSWER_TIMEOUT_S, open_socket
 from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.settings import Settings
@@ -40,12 +41,8 @@ async def dry_run(settings: Settings) -> None:
                     for item in items[: EVENTS - shown]:
                         click.echo(item.data.decode(errors="replace"))
                         shown += 1
-    except AuthFailed as error:
-        raise UsageError(f"the vendor refused the key (POLYGON_API_KEY): {error}") from error
-    except Refused as error:
-        raise UsageError(f"the key may not subscribe to any of {', '.join(params)}: {error}") from error
-    except (InvalidURI, UnicodeError) as error:
-        raise UsageError(f"POLYGON_WS_URL is not a WebSocket's address: {error}") from error
+    except FINAL as error:
+        raise explained(error, params) from error
     except Evicted as error:
         raise TapedeckError(f"another client uses this key, and the vendor allows one: {error}") from error
     except TimeoutError as error:

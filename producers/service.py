@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -11,19 +10,16 @@ from typing import IO, Any
 
 import structlog
 from aiokafka.errors import KafkaError
-from websockets.asyncio.client import ClientConnection
-from websockets.exceptions import ConnectionClosed, InvalidURI, WebSocketException
-from websockets.frames import CloseCode
 
 from producers.journal import Journal, JournalFull
 from producers.lease import SESSION_S, Lease, claim_epoch
-from producers.protocol import AuthFailed, Evicted, Protocol, Refused, SessionError, pairs_of, params_of
+from producers.protocol import pairs_of, params_of
 from producers.resume import LogEnd, read_log_end
+from producers.session import Ear, jitter
 from producers.slicer import Resume, Slicer, SlicerSettings
-from producers.socket import ANSWER_TIMEOUT_S, open_socket
+from producers.split import Item
 from schemas import topics
 from schemas.events import NS_PER_MS, NS_PER_S
-from schemas.frames import Frame, frame_line
 from schemas.raw import RawRecord
 from tapedeck import kafka, metrics
 from tapedeck.errors import TapedeckError, UsageError
@@ -32,13 +28,8 @@ from tapedeck.shell import Shell
 
 log = structlog.get_logger()
 
-PING_S = 5.0  # a pong proves that everything sent before it has arrived
-PONG_TIMEOUT_S = 10.0  # half-open sockets answer no ping
-WATCH_S = 0.5
-FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 60.0
-EVICTED_REST_S = 60.0  # two clients that evict each other must not do it faster than this
+LONGEST_RESEND_S = 5.0
 STOP_S = 2.5  # an orderly stop waits this long for Kafka to take the rest; then it stays in the journal
-GOOD_AFTER_S = 60.0  # the backoff starts anew only when data has flowed this long
 STATISTICS_S = 60.0
 MEASURE_S = 0.25
 SLOW_S = 5.0  # aiokafka itself tries on in silence for as long as the broker is away
@@ -59,12 +50,9 @@ class Producer:
     def __init__(self, shell: Shell, journal: Journal, record: IO[bytes] | None) -> None:
         self._shell = shell
         self._settings: Settings = shell.settings
-        key = self._settings.polygon_api_key
-        self._key = key.get_secret_value() if key else ""
-        self._params = params_of(self._settings)
         self._pairs = pairs_of(self._settings.symbols)
         self._streams: list[str] = list(self._settings.streams)
-        self._record = record
+        self._ear = Ear(self._settings, self, record)
         self._journal = journal
         self._publisher = kafka.Publisher(self._settings)
         self._log_end = LogEnd({}, 0)
@@ -78,14 +66,10 @@ class Producer:
         self._round_began: float | None = None  # when what Kafka has not acknowledged yet was sent
         self._slow = False
         self._linger_ns = self._settings.linger_ns
-        self._frames = 0
         self._now = 0
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._data_since = self._data_last = 0  # in this session, ns
-        self._silent: set[tuple[str, str]] = set()
-        self._delivered: set[tuple[str, str]] = set()
         self._clock_at = time.monotonic_ns()
-        self._counts: Counter[str] = Counter()  # errors and connects
+        self._failed_rounds = 0
         self._events: Counter[str] = Counter()  # of slicers before this one
 
     async def run(self, lease: Lease, keeping: asyncio.Task[None]) -> None:
@@ -106,7 +90,7 @@ class Producer:
             await self._shell.until_stopped(*tasks)
             if not taking_up.done():
                 return
-            reading = start(self._read())
+            reading = start(self._ear.listen())
             for work in (self._raise(), self._tell(), self._measure()):
                 start(work)
             tasks.remove(taking_up)
@@ -178,139 +162,42 @@ class Producer:
 
     async def _drain(self) -> None:
         """Everything received goes out, with the `stop` gap behind it, or stays in the journal."""
-        self._slicer.stop(self._clock())
+        self._slicer.stop(self.clock())
         self._append()
+        self._warn_without_clock()
         try:
             await asyncio.wait_for(self._journal.empty(), STOP_S)
         except TimeoutError:
             log.warning("Kafka is away: the next start sends what is left", records=len(self._journal))
 
-    def _clock(self) -> int:
+    # -- what the feed says ------------------------------------------------------------------------
+
+    def clock(self) -> int:
         """Receive time in ns; never decreasing, whatever is done to the machine's clock."""
         wall, at = time.time_ns(), time.monotonic_ns()
         self._now = max(self._now + at - self._clock_at, wall) if wall < self._now else wall
         self._clock_at = at
         return self._now
 
-    # -- the feed ----------------------------------------------------------------------------------
+    def connected(self, now: int) -> None:
+        self._slicer.connected(now)
+        self._shell.health["feed"] = None
 
-    async def _read(self) -> None:
-        """One session after the other, with full-jitter backoff between them."""
-        failures = 0
-        while True:
-            self._data_since = self._data_last = 0
-            rest = 0.0
-            try:
-                await self._session()
-            except AuthFailed as error:
-                raise UsageError(f"the vendor refused the key (POLYGON_API_KEY): {error}") from error
-            except (InvalidURI, UnicodeError) as error:  # the latter for what cannot be a name
-                raise UsageError(f"POLYGON_WS_URL is not a WebSocket's address: {error}") from error
-            except Refused as error:
-                raise UsageError(f"the key may not subscribe to any of {self._params}: {error}") from error
-            except (SessionError, WebSocketException, OSError, TimeoutError) as error:
-                if _evicted(error):
-                    rest = EVICTED_REST_S
-                    log.error(
-                        "evicted: another client uses this key, and the vendor allows one connection; "
-                        f"resting for {rest:g} s, for two clients that evict each other get nothing",
-                        detail=str(error),
-                    )
-                else:
-                    log.warning("the feed's connection is gone", error=str(error) or type(error).__name__)
-                metrics.PRODUCER_ERRORS.labels("evicted" if rest else "connection").inc()
-                self._counts["errors"] += 1
-            finally:
-                self._shell.health["feed"] = "not connected"
-                self._slicer.lost("reconnect", self._clock())
-                self._pump()
-            flowed = self._data_last - self._data_since >= GOOD_AFTER_S * NS_PER_S
-            failures = 0 if flowed else failures + 1
-            rest += random.uniform(0, min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** max(0, failures - 1)))
-            await asyncio.sleep(rest)
-
-    async def _session(self) -> None:
-        """Returns only by raising: SessionError, AuthFailed, Refused, WebSocketException, OSError."""
-        protocol = Protocol(self._key, self._params)
-        async with open_socket(self._settings) as socket:
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                while not protocol.live:
-                    await self._receive(socket, protocol)
-            if protocol.refused:
-                log.error("the key may not subscribe to some channels", refused=protocol.refused)
-            log.info("subscribed", channels=len(self._params) - len(protocol.refused))
-            metrics.CONNECTS.inc()
-            self._counts["connects"] += 1
-            wanted = set(self._params) - set(protocol.refused)
-            channels = (param.split(".", 1) for param in wanted if not param.endswith(".*"))
-            self._silent = {(stream, pair) for stream, pair in channels} - self._delivered
-            self._slicer.connected(self._clock())
-            self._shell.health["feed"] = None
-            watching = [asyncio.create_task(self._ping(socket)), asyncio.create_task(self._watch(socket))]
-            for task in watching:
-                task.add_done_callback(self._seen)
-            try:
-                while True:
-                    await self._receive(socket, protocol)
-            finally:
-                for task in watching:
-                    task.cancel()
-                await asyncio.gather(*watching, return_exceptions=True)
-
-    async def _receive(self, socket: ClientConnection, protocol: Protocol) -> None:
-        data = await socket.recv(decode=False)
-        now = self._clock()
-        if self._record:
-            self._keep(Frame(now, data))
-        items = protocol.receive(data)
-        for message in protocol.to_send():
-            await socket.send(message, text=True)
-        if not items:
-            return
-        self._frames += 1
-        if self._silent:
-            self._delivered |= self._silent & {(item.head.ev, item.head.pair) for item in items if item.head}
-            self._silent -= self._delivered
-        self._data_since, self._data_last = self._data_since or now, now
+    def frame(self, items: list[Item], now: int) -> None:
         self._slicer.frame(items, now)
         self._pump()
 
-    def _keep(self, frame: Frame) -> None:
-        """Into the frames file, for as long as its disk takes it; the tape does not suffer from it."""
-        assert self._record is not None
-        try:
-            self._record.write(frame_line(frame))
-        except OSError as error:
-            log.error("frames are no longer written to the file of --record", error=str(error))
-            self._counts["errors"] += 1
-            self._record = None
+    def pong(self, asked: int, now: int) -> None:
+        self._slicer.pong(asked, now)
+        self._pump()
 
-    def _seen(self, task: asyncio.Task[None]) -> None:
-        """A watcher that failed must not leave the session unwatched."""
-        if not task.cancelled() and (error := task.exception()) and not self._failed.done():
-            self._failed.set_exception(error)
+    def stalled(self, now: int) -> list[str]:
+        return self._slicer.stalled(now)
 
-    async def _ping(self, socket: ClientConnection) -> None:
-        while True:
-            await asyncio.sleep(PING_S)
-            try:
-                await asyncio.wait_for(await socket.ping(), PONG_TIMEOUT_S)
-            except ConnectionClosed:
-                return
-            except TimeoutError:
-                log.warning("no pong, the connection is half open")
-                socket.transport.abort()
-                return
-            self._slicer.pong(self._clock())
-            self._pump()
-
-    async def _watch(self, socket: ClientConnection) -> None:
-        """Pongs and the other streams do not excuse a stream that is silent for longer than is usual."""
-        while not (stalled := self._slicer.stalled(self._clock())):
-            await asyncio.sleep(WATCH_S)
-        log.warning("streams have stalled, connecting anew", streams=stalled)
-        metrics.PRODUCER_ERRORS.labels("stall").inc()
-        socket.transport.abort()
+    def lost(self, now: int) -> None:
+        self._shell.health["feed"] = "not connected"
+        self._slicer.lost("reconnect", now)
+        self._pump()
 
     # -- records -----------------------------------------------------------------------------------
 
@@ -325,13 +212,13 @@ class Producer:
         if self._timer is not None:
             self._timer.cancel()
         self._wakes_at = due
-        delay = max(0, due - self._clock()) / NS_PER_S
+        delay = max(0, due - self.clock()) / NS_PER_S
         self._timer = asyncio.get_running_loop().call_later(delay, self._due)
 
     def _due(self) -> None:
         self._timer, self._wakes_at = None, NEVER
         try:
-            self._slicer.advance(self._clock())
+            self._slicer.advance(self.clock())
             self._append()
             due = self._slicer.deadline()
             if due is not None:
@@ -376,13 +263,14 @@ class Producer:
         self._events += self._slicer.counts
         self._slicer = self._new_slicer(resume)
         if connected:
-            self._slicer.connected(self._clock())
+            self._slicer.connected(self.clock())
 
     async def _publish(self) -> None:
         """In file order, one round in flight; after a failure everything from the acknowledged mark on that is
         not in the log is sent again by a new client. Raises Superseded."""
         topic = self._settings.topic_prefix + topics.RAW.name
         failures = 0
+        told: set[type[Exception]] = set()
         began = time.monotonic()
         self._journal.rewind()  # a former tenure may have ended in the middle of a round
         while True:
@@ -404,18 +292,24 @@ class Producer:
             except (KafkaError, OSError) as error:
                 self._journal.rewind()
                 failures += 1
-                metrics.PRODUCER_ERRORS.labels("kafka").inc()
-                self._counts["errors"] += 1
-                self._shell.health["kafka"] = f"sending fails: {error}"
-                if failures == 1:
-                    log.warning("Kafka does not take the records, the journal keeps them", error=str(error))
-                await asyncio.sleep(random.uniform(0.1, min(5.0, 0.25 * 2**failures)))
+                refusal = kafka.refusal(error, topics.RAW)
+                metrics.PRODUCER_ERRORS.labels("refused" if refusal else "kafka").inc()
+                self._failed_rounds += 1
+                self._shell.health["kafka"] = f"sending fails: {refusal or error}"
+                if type(error) not in told:
+                    told.add(type(error))
+                    if refusal:
+                        log.error(f"Kafka refuses the records, the journal keeps them: {refusal}", error=str(error))
+                    else:
+                        log.warning("Kafka does not take the records, the journal keeps them", error=str(error))
+                await asyncio.sleep(0.1 + jitter(failures, 0.25, LONGEST_RESEND_S))
                 continue
             if failures:
                 log.info("Kafka takes the records again", failures=failures)
             if self._slow:
                 log.info("Kafka has taken the records")
             failures, self._slow, self._round_began = 0, False, None
+            told.clear()
             self._shell.health["kafka"] = None
             self._journal.acknowledge()
             for kind, count in Counter(record.kind for record in records).items():
@@ -427,10 +321,10 @@ class Producer:
         """Metrics, at intervals: set for each frame they would cost as much as the frame."""
         frames, seen = 0, Counter[str]()
         while True:
-            metrics.FRAMES.inc(self._frames - frames)
-            if self._frames > frames:
-                metrics.LAST_EVENT.set(self._now / NS_PER_S)
-            frames = self._frames
+            metrics.FRAMES.inc(self._ear.frames - frames)
+            frames = self._ear.frames
+            if self._ear.heard_at:
+                metrics.LAST_EVENT.set(self._ear.heard_at / NS_PER_S)
             events = self._events + self._slicer.counts
             for stream, count in (events - seen).items():
                 metrics.FEED_EVENTS.labels(stream).inc(count)
@@ -452,31 +346,31 @@ class Producer:
         while True:
             before = self._events + self._slicer.counts
             await asyncio.sleep(STATISTICS_S)
-            counts, events = self._counts, self._events + self._slicer.counts
+            ear, events = self._ear, self._events + self._slicer.counts
             fresh = events.total() - before.total()
             log.info(
                 "statistics",
                 uptime_s=round(time.monotonic() - began),
                 events=dict(events),
                 events_per_s=round(fresh / STATISTICS_S, 1),
-                last_event_age_s=round((time.time_ns() - self._now) / NS_PER_S, 1) if self._now else None,
-                errors=counts["errors"],
-                reconnects=max(0, counts["connects"] - 1),
+                last_event_age_s=round((self.clock() - ear.heard_at) / NS_PER_S, 1) if ear.heard_at else None,
+                errors=ear.counts["errors"] + self._failed_rounds,
+                reconnects=max(0, ear.counts["connects"] - 1),
                 journal_records=len(self._journal),
                 journal_bytes=self._journal.size,
             )
-            metrics.SILENT.set(len(self._silent))
-            if self._silent - told:
-                names = sorted(f"{stream}.{pair}" for stream, pair in self._silent)
+            self._warn_without_clock()
+            metrics.SILENT.set(len(ear.silent))
+            if ear.silent - told:
+                names = sorted(f"{stream}.{pair}" for stream, pair in ear.silent)
                 log.warning("acknowledged by the vendor, but never delivered", channels=names)
-                told |= self._silent
+                told |= ear.silent
 
-
-def _evicted(error: Exception) -> bool:
-    """The vendor says so, or closes with 1008 without a word."""
-    if isinstance(error, ConnectionClosed) and error.rcvd is not None:
-        return error.rcvd.code == CloseCode.POLICY_VIOLATION
-    return isinstance(error, Evicted)
+    def _warn_without_clock(self) -> None:
+        """A log begins with the first event that tells the time; what comes before is in no record."""
+        counts = self._slicer.counts
+        if self._slicer.clock.now is None and counts:
+            log.warning("nothing that came tells the time, so nothing is recorded yet", events=dict(counts))
 
 
 def _tail(tail: Resume | None, records: list[RawRecord]) -> Resume:

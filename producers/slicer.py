@@ -4,22 +4,20 @@ Everything that makes the log what it is is decided here: slices, ticks, gaps, e
 record's timestamp. Bytes and receive times go in; records come out of `take()` in the order to publish.
 """
 
-import contextlib
 from collections import Counter, deque
 from collections.abc import Container, Iterable
-from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
-from aiokafka.partitioner import murmur2
 
 from producers.clock import HOLD_EVENTS, HOLD_NS, Claim, FeedClock
 from producers.rhythm import Rhythm
 from producers.split import Item
 from schemas.events import NS_PER_MS, NS_PER_S
+from schemas.partition import partition_of
 from schemas.raw import GapValue, RawRecord, Runs, TickValue
 from schemas.topics import PARTITIONS
-from schemas.wire import Head, symbol_of
+from schemas.wire import Head
 
 
 class SlicerSettings(msgspec.Struct, frozen=True):
@@ -66,15 +64,6 @@ class _Pending(NamedTuple):
     since: list[int | None]
 
 
-@lru_cache(maxsize=65536)
-def partition_of(pair: str) -> int:
-    """Kafka's default partitioner by symbol, so that any producer keyed by it agrees and every spelling of
-    a pair lies in one partition; what is no pair goes by its own bytes."""
-    with contextlib.suppress(ValueError):
-        pair = symbol_of(pair)
-    return (murmur2(pair.encode()) & 0x7FFFFFFF) % PARTITIONS if pair else 0
-
-
 def _claim(head: Head | None, recv: int) -> Claim:
     if head is None:
         return Claim(None, None, "", recv)
@@ -97,7 +86,6 @@ class Slicer:
         self._streams, self._pairs = list(streams), list(pairs)
         self.epoch = epoch or (resume.epoch + 1 if resume else 1)
         self.clock = FeedClock((resume.clock_ms * NS_PER_MS, resume.recv_ns) if resume else None)
-        self._proven = self.clock.now
         self._numbers = [0] * PARTITIONS
         self._open: dict[int, _Slice] = {}
         self._lingers_until = 0  # when the oldest open slice is due, or earlier
@@ -149,10 +137,10 @@ class Slicer:
         known = [rhythm for rhythm in self._rhythms.values() if rhythm.known]
         # Where all that can be judged are silent, those that cannot are no better, and pongs prove nothing.
         dead = bool(known) and all(rhythm.suspect(now) for rhythm in known)
-        lately = max((at for at in self._heard_at.values() if at is not None), default=self._proven)
+        lately = max((at for at in self._heard_at.values() if at is not None), default=self.clock.now)
         for stream, rhythm in self._rhythms.items():
             doubted = stream in self._unproven
-            proven = lately if dead else self._proven
+            proven = lately if dead else self.clock.now
             since = self._heard_at.get(stream) if doubted or rhythm.suspect(now) else proven
             groups.setdefault(("stall" if doubted or stream in stalled else reason, since), []).append(stream)
         # Trades first: a gap is a tick, and what closes at it must know of the gap.
@@ -162,20 +150,21 @@ class Slicer:
     @property
     def missed_since(self) -> list[int | None]:
         """For each partition, from when on anything may have been missed as far as no record says yet, ns."""
-        since = [gap.since for gap in self._gaps] + [[self._proven] * PARTITIONS]
+        since = [gap.since for gap in self._gaps] + [[self.clock.now] * PARTITIONS]
         since += [[self._heard_at.get(stream)] * PARTITIONS for stream in self._unproven]
         return [None if None in each else min(at for at in each if at is not None) for each in zip(*since, strict=True)]
 
-    def pong(self, now: int) -> None:
-        """An answered ping: everything the feed sent before it has arrived."""
+    def pong(self, asked: int, now: int) -> None:
+        """An answered ping: everything that the feed had sent when it was asked has arrived."""
         self.advance(now)
-        self._proven = self.clock.now
+        self._idle(asked, now)
 
     # -- events ------------------------------------------------------------------------------------
 
     def frame(self, items: list[Item], recv: int) -> None:
         """The events of one frame, in order."""
         self.advance(recv)
+        self._idle(recv, recv)
         heard: dict[str, int] = {}
         for item in items:
             ev = "bad" if item.head is None else item.head.ev
@@ -203,12 +192,10 @@ class Slicer:
             self._hold(item, claim)
         for stream in (heard.keys() & self._rhythms.keys()) - self._unproven.keys():
             self._heard_at[stream] = clock.now
-        if not self._held:
-            self._proven = self.clock.now
 
     def _hold(self, item: Item, claim: Claim) -> None:
         self._held.append((item, claim))
-        if self._gaps and self._settles_at is None:
+        if self._gaps and self._settles_at is None and (self.clock.now is not None or self.clock.possible(claim)):
             self._settles_at = claim.recv + self._settings.settle_ns
         self._release(claim.recv)
 
@@ -228,28 +215,33 @@ class Slicer:
             if believed:
                 self._move(self.clock.believe(claim), claim.recv)
             self._append(item, claim.recv)
-        self._proven = self.clock.now  # events only moved it: it is as it was when the last of them came
 
     def _end_gap(self, now: int, final: bool) -> bool:
         """Ends the gap once the events after it say what time it is; whether it is ended.
 
         The first held event to be believed decides; if nothing in 2 s or 1,000 events tells the time, the
-        clock goes by elapsed time. The first event may be a late one, so those that came with it may move
-        the end on, as far as they are in bounds.
+        clock goes by elapsed time. Where there is no clock yet the time begins to count with the first event
+        that tells any: no wall clock must begin a log. The first event may be a late one, so those that came
+        with it may move the end on, as far as they are in bounds.
         """
-        settled = self._settles_at is not None and now >= self._settles_at
-        if not self._held or not (settled or final or len(self._held) >= HOLD_EVENTS):
+        full = len(self._held) >= HOLD_EVENTS
+        if self._settles_at is None:
+            if full:  # and there is no clock yet: these lie in the gap `start`
+                self._held.clear()
+            return False
+        if not (now >= self._settles_at or final or full):
             return False
         claims = [claim for _, claim in self._held]
-        waited = final or len(claims) >= HOLD_EVENTS or now >= claims[0].recv + HOLD_NS
-        telling = [claim for claim in claims if not (claim.lagging or self.clock.leads(claim))] or claims
+        waited = final or full or now >= self._settles_at - self._settings.settle_ns + HOLD_NS
+        possible = [claim for claim in claims if self.clock.possible(claim)]
+        telling = [claim for claim in possible if not (claim.lagging or self.clock.leads(claim))] or possible
         believed = self._first_belief(telling, now, waited)
         if believed is not None:
             self.clock.believe(believed)
-            first = [c for c in telling if c.recv <= claims[0].recv + self._settings.settle_ns]
+            first = [c for c in telling if c.recv <= self._settles_at]
             clock = max(c.ts or 0 for c in [believed, *first] if self.clock.in_bounds(c))
-        elif waited and (final or self.clock.now is not None or len(claims) >= HOLD_EVENTS):
-            clock = self.clock.idle(claims[-1].recv) or claims[0].recv
+        elif waited and (idle := self.clock.idle(claims[-1].recv)) is not None:
+            clock = idle
         else:
             return False
         clock = max(clock, self.clock.now or 0)
@@ -319,7 +311,7 @@ class Slicer:
     # -- time --------------------------------------------------------------------------------------
 
     def advance(self, now: int) -> None:
-        """Does what is due at `now`: closes lingering slices, lets held events go, ticks if idle."""
+        """Does what is due at `now`: closes lingering slices, lets held events go."""
         self._now = now
         if self._held:
             self._release(now)
@@ -328,10 +320,15 @@ class Slicer:
                 self._close(partition)
             opened = min((s.opened for s in self._open.values()), default=now)
             self._lingers_until = opened + self._settings.linger_ns
-        if self.clock.may_idle(now):
+
+    def _idle(self, until: int, now: int) -> None:
+        """Moves the clock on by elapsed time, as far as a frame or a pong proves that nothing came meanwhile:
+        by itself it would run on while a connection is dead and nobody knows yet, and what was missed then
+        would lie behind the last tick, in no gap."""
+        if self.clock.may_idle(until):
             alive_until = self._alive_until()
             if alive_until is not None:
-                idle = self.clock.idle(min(now, alive_until))
+                idle = self.clock.idle(min(until, alive_until))
                 if idle is not None:
                     self._move(idle, now)
 
@@ -344,15 +341,10 @@ class Slicer:
             if claim.recv + HOLD_NS > self._now:
                 due.append(claim.recv + HOLD_NS)
                 break
-        alive_until = self._alive_until()
-        if alive_until is not None and self.clock.now is not None:
-            at = self.clock.idle_reaches((self.clock.now // NS_PER_S + 1) * NS_PER_S)
-            if at is not None and at <= alive_until:
-                due.append(at)
         return min(due, default=None)
 
     def _alive_until(self) -> int | None:
-        """The receive time up to which the feed is proven alive; None: it is not, or must not tick now."""
+        """The receive time up to which the feed may be taken for alive; None: it is not, or must not tick now."""
         if not self._connected or self._held or self._gaps:
             return None
         lively = [stream for stream in self._streams if stream not in LAGGING] or self._streams
@@ -403,7 +395,8 @@ class Slicer:
                     self._emit_gap(partition, gap.streams, since, None, "stop", now)
 
     def flush(self, now: int) -> None:
-        """Everything held or lingering goes out now, as after the longest wait."""
+        """Everything held or lingering goes out now, as after the longest wait; but no record can be made while
+        nothing has told the time yet."""
         if self._held:
             self._release(max(now, *(claim.recv + HOLD_NS for _, claim in self._held)), final=True)
         for partition in list(self._open):

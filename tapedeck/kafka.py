@@ -8,7 +8,16 @@ import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition, codec
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.errors import (
+    ClusterAuthorizationFailedError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+    SaslAuthenticationFailed,
+    TopicAlreadyExistsError,
+    TopicAuthorizationFailedError,
+    for_code,
+)
 from aiokafka.producer.message_accumulator import BatchBuilder
 from tenacity import (
     AsyncRetrying,
@@ -61,6 +70,21 @@ def passing(error: BaseException) -> bool:
     return error.retriable if isinstance(error, KafkaError) else isinstance(error, OSError)
 
 
+_REFUSALS: dict[type[BaseException], str] = {
+    MessageSizeTooLargeError: "the topic takes no record as large as this: raise its max.message.bytes to {bytes}",
+    RecordListTooLargeError: "the topic takes no batch as large as this: raise its segment.bytes above {bytes}",
+    TopicAuthorizationFailedError: "this user may not write to the topic: allow it Write, Read and Describe",
+    ClusterAuthorizationFailedError: "this user may not write idempotently: allow it IdempotentWrite on the cluster",
+    SaslAuthenticationFailed: "the user or its password is refused: set KAFKA_SASL_USERNAME and _PASSWORD",
+}
+
+
+def refusal(error: BaseException, topic: topics.Topic) -> str | None:
+    """What an operator has to do before Kafka takes a record of the topic; None: trying again may be enough."""
+    advice = _REFUSALS.get(type(error))
+    return advice and advice.format(bytes=topic.max_message_bytes)
+
+
 def retrying(settings: Settings, what: str, passing: Callable[[BaseException], bool]) -> AsyncRetrying:
     """Attempts with exponential backoff until `connect_timeout_s` has passed, each failure logged."""
 
@@ -80,8 +104,8 @@ def retrying(settings: Settings, what: str, passing: Callable[[BaseException], b
 async def prepare(settings: Settings) -> None:
     """Waits for Kafka and creates the topics of the registry that are missing.
 
-    Raises UsageError when a topic has another number of partitions than the registry, TapedeckError when
-    Kafka cannot be reached in time.
+    Raises UsageError when a topic has another number of partitions than the registry, or settings with which
+    it refuses or changes what we write; TapedeckError when Kafka cannot be reached in time.
     """
     try:
         async for attempt in retrying(settings, "Kafka", passing):
@@ -122,18 +146,27 @@ async def _ensure_topics(settings: Settings) -> None:
                     f"topic {found['topic']} has {count} partitions and the registry says {right}: "
                     "identities would change. Use another TOPIC_PREFIX, or fill a new topic version by replay."
                 )
-        await _warn_of_retention(admin, wanted)
+        await _check_settings(admin, wanted)
     finally:
         await admin.close()
 
 
-async def _warn_of_retention(admin: AIOKafkaAdminClient, wanted: dict[str, topics.Topic]) -> None:
-    """Topics that delete by age lose recordings and replays, whose times are old, within minutes."""
+async def _check_settings(admin: AIOKafkaAdminClient, wanted: dict[str, topics.Topic]) -> None:
+    """A smaller limit would stop the log at its first large record, compaction and the broker's own timestamps
+    would change it. Topics that delete by age lose recordings and replays, whose times are old, within minutes.
+    What they delete by size is the operator's choice."""
     resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in sorted(wanted)]
     for response in await admin.describe_configs(resources):
         for _, _, _, name, entries in response.resources:
-            settings = {entry[0]: entry[1] for entry in entries}
-            if settings.get("retention.ms", "-1") != "-1":
+            right = wanted[name].config()
+            found = right | {entry[0]: entry[1] for entry in entries}
+            wrong = [key for key in ("cleanup.policy", "message.timestamp.type") if found[key] != right[key]]
+            if int(found["max.message.bytes"]) < int(right["max.message.bytes"]):
+                wrong.append("max.message.bytes")
+            if wrong:
+                has, needs = (", ".join(f"{key}={each[key]}" for key in wrong) for each in (found, right))
+                raise UsageError(f"topic {name} has {has}: it would refuse or change what is written. Set {needs}")
+            if found["retention.ms"] != "-1":
                 log.warning("topic deletes by age, old-dated records will vanish", topic=name)
 
 

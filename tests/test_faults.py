@@ -8,10 +8,10 @@ from typing import Any
 
 import aiohttp
 import pytest
-from conftest import Market, Process, Produce, flows, stopped, until
+from conftest import RATE, Market, Process, Produce, flows, stopped, until
 
 from bench.scoring import Score, raw_log, score, spans_of
-from producers import service
+from producers import service, session
 from schemas.raw import RawRecord
 from tapedeck.settings import Settings
 from tapedeck.shell import Shell
@@ -102,6 +102,25 @@ async def test_a_feed_that_lies_about_being_alive_is_found_out(
     assert found.excess_s < EXCESS_S, found
 
 
+async def test_killed_while_the_connection_is_half_open_and_nobody_knows_yet_all_that_was_missed_is_marked(
+    settings: Settings, market: Market, produce: Produce
+) -> None:
+    producer = produce(streams=["XT", "XQ"])
+    await flows(market, 2)
+    await inject(market, "half-open", seconds=5)
+    await flows(market, 5)
+    producer.popen.kill()
+    producer.popen.wait()
+    assert "half open" not in producer.log.read_text()
+    again = produce(streams=["XT", "XQ"])
+    await flows(market, 4)
+    await stopped(again)
+    found, _ = await scored(settings, market)
+    assert set(found.gaps) == {"away"}
+    assert found.in_gaps > 5 * RATE
+    assert found.excess_s < EXCESS_S, found
+
+
 async def test_a_stall_that_ends_by_itself_before_it_is_given_up_is_marked_too(
     settings: Settings, market: Market, produce: Produce
 ) -> None:
@@ -174,7 +193,7 @@ async def test_a_refused_channel_is_named_and_the_others_flow(
 async def test_evicted_it_rests_and_explains_and_a_silent_pair_is_named(
     settings: Settings, market: Market, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(service, "EVICTED_REST_S", 1.5)
+    monkeypatch.setattr(session, "EVICTED_REST_S", 1.5)
     monkeypatch.setattr(service, "STATISTICS_S", 1.0)
     wanted = {"polygon_ws_url": market.url, "symbols": ["BTC-USD", "NOP-USD"], "streams": ["XT", "XQ"]}
     shell = Shell(settings.model_copy(update=wanted), "produce")

@@ -2,16 +2,22 @@
 
 import asyncio
 import contextlib
+import re
 import signal
 import time
 from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from conftest import RATE, Market, Process, Produce, Servers, flows, stopped, until
 
 from bench.scoring import Score, raw_log, score, spans_of
+from schemas import topics
+from tapedeck import kafka
 from tapedeck.embedded.ports import free_ports
+from tapedeck.errors import UsageError
 from tapedeck.settings import Settings
 
 
@@ -159,6 +165,72 @@ async def test_a_full_journal_says_so_marks_the_gap_and_goes_on(
     assert found.in_gaps > RATE
     assert "journal" in found.gaps
     assert found.excess_s < 2 * sum(found.gaps.values()), found
+
+
+async def configure(settings: Settings, **changed: str) -> None:
+    """Gives the raw topic these settings and otherwise the registry's."""
+    admin = AIOKafkaAdminClient(**settings.kafka_options())
+    await admin.start()
+    name = settings.topic_prefix + topics.RAW.name
+    config = topics.RAW.config() | {key.replace("_", "."): value for key, value in changed.items()}
+    topic = ConfigResource(ConfigResourceType.TOPIC, name, config)
+    for response in await admin.alter_configs([topic]):
+        assert not any(code for code, *_ in response.resources), response
+
+    async def known() -> bool:
+        (response,) = await admin.describe_configs([topic])
+        ((*_, entries),) = response.resources
+        return {entry[0]: entry[1] for entry in entries} == config
+
+    await until(known)
+    await admin.close()
+
+
+async def test_a_topic_that_takes_no_such_record_any_more_is_told_of_once_and_costs_nothing(
+    settings: Settings, market: Market, produce: Produce
+) -> None:
+    (port,) = free_ports(1)
+    producer = produce(http_port=port)
+    await flows(market)
+    await configure(settings, max_message_bytes="1000")
+    await says(producer, "raise its max.message.bytes to 25165824", 20)
+    await flows(market, 4)
+    async with aiohttp.ClientSession() as http:
+        async with http.get(f"http://127.0.0.1:{port}/health") as response:
+            assert response.status == 503
+            assert "max.message.bytes" in (await response.json())["parts"]["kafka"]
+        async with http.get(f"http://127.0.0.1:{port}/metrics") as response:
+            assert 'tapedeck_producer_errors_total{kind="refused"}' in await response.text()
+    assert producer.log.read_text().count("max.message.bytes") == 1
+    await configure(settings)
+    await says(producer, "Kafka takes the records again", 20)
+    await flows(market)
+    await stopped(producer)
+    found = await result(settings, market)
+    assert found.gaps == {}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"max_message_bytes": "1048576"},
+        {"cleanup_policy": "compact"},
+        {"message_timestamp_type": "LogAppendTime"},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+async def test_a_topic_that_would_refuse_or_change_what_is_written_stops_the_start(
+    settings: Settings, changed: dict[str, str]
+) -> None:
+    await kafka.prepare(settings)
+    await configure(settings, **changed)
+    ((key, value),) = changed.items()
+    key = key.replace("_", ".")
+    right = re.escape(f"{key}={topics.RAW.config()[key]}")
+    with pytest.raises(UsageError, match=f"{re.escape(settings.topic_prefix)}raw.* has {key}={value}.* Set {right}"):
+        await kafka.prepare(settings)
+    await configure(settings, max_message_bytes=str(2 * topics.MAX_RECORD_BYTES), retention_bytes="1000000000")
+    await kafka.prepare(settings)
 
 
 async def test_its_statistics_are_metrics_too(market: Market, produce: Produce) -> None:

@@ -11,12 +11,12 @@ from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import pytest
-from aiokafka.errors import KafkaTimeoutError
+from aiokafka.errors import KafkaTimeoutError, TopicAuthorizationFailedError
 from conftest import Spawn, until
 from websockets.asyncio.server import ServerConnection, serve
 
 from bench.scoring import raw_log
-from producers import service
+from producers import service, session
 from producers.protocol import AuthFailed, Evicted, Protocol, Refused, SessionError
 from producers.resume import read_log_end
 from producers.split import split_frame
@@ -328,11 +328,45 @@ async def test_a_round_that_fails_half_way_is_gone_on_with_from_what_the_log_has
             position += record.events
 
 
+async def test_a_user_that_may_not_write_any_more_is_told_of_with_what_to_do(
+    settings: Settings, feed: Feed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The embedded Kafka has no access control: its answer is put in the publisher's place."""
+    publish, allowed = kafka.Publisher.publish, False
+
+    async def denied(publisher: kafka.Publisher, messages: Iterable[kafka.Message]) -> None:
+        if not allowed:
+            raise TopicAuthorizationFailedError("raw")
+        await publish(publisher, messages)
+
+    monkeypatch.setattr(kafka.Publisher, "publish", denied)
+    async with producing(settings, feed) as shell:
+        await feed.send(trade("BTC-USD", 1, BEGIN_MS), trade("ETH-USD", 2, BEGIN_MS, 2))
+
+        async def said() -> bool:
+            return "Write, Read and Describe" in (shell.health.get("kafka") or "")
+
+        async def well() -> bool:
+            return shell.health.get("kafka", "") is None
+
+        await until(said)
+        allowed = True
+        await until(well)
+    assert "this user may not write to the topic" in "".join(capsys.readouterr())
+    assert sum(r.events for records in (await raw_log(settings)).values() for r in records if r.kind == "slice") == 2
+
+
+def test_thousands_of_failures_in_a_row_are_no_reason_to_fail() -> None:
+    rests = [session.jitter(failures, 0.5, 60) for failures in (0, 1, 5_000)]
+    assert max(rests[:2]) <= 0.5
+    assert rests[2] <= 60
+
+
 @pytest.mark.parametrize("url", ["wss://{address}/crypto", "ws://127.0.0.1:1/crypto"])
 async def test_tls_that_fails_and_refused_connections_are_tried_again(
     settings: Settings, feed: Feed, url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "LONGEST_RETRY_S", 0.2)
+    monkeypatch.setattr(session, "LONGEST_RETRY_S", 0.2)
     url = url.format(address=feed.url.split("/")[2])
     shell = Shell(settings.model_copy(update={"polygon_ws_url": url}), "produce")
     running = asyncio.create_task(service.run(shell))

@@ -12,12 +12,11 @@ from decimal import ROUND_HALF_EVEN, Context, Decimal
 from typing import Any
 
 import msgspec
-from aiokafka.partitioner import murmur2
 
 from schemas import wire
 from schemas.events import MINUTE_NS, NS_PER_MS, Gap
 from schemas.numbers import decimal_of
-from schemas.topics import PARTITIONS
+from schemas.partition import partition_of
 
 STREAMS = ("XT", "XQ", "XA")
 _SUM = Context(prec=150)
@@ -194,7 +193,7 @@ class Reconciler:
         if found:
             getattr(self._report, found)[stream] += 1
         else:
-            self._missing(stream, data, symbol, sent_ns)
+            self._missing(stream, type(message).__name__, data, symbol, sent_ns)
 
     def _refused(self, data: bytes) -> Counter[str] | None:
         """The term of a copy whose very bytes were quarantined or dead-lettered: it is in no table."""
@@ -233,13 +232,12 @@ class Reconciler:
         rows[content] -= 1
         return "stored"
 
-    def _missing(self, stream: str, data: bytes, pair: str, sent_ns: int) -> None:
+    def _missing(self, stream: str, ev: str, data: bytes, pair: str, sent_ns: int) -> None:
         """In no table and no repeat: in a gap, or left over."""
         report = self._report
-        partition = (murmur2(pair.encode()) & 0x7FFFFFFF) % PARTITIONS if pair else 0
         for gap in self._gaps:
             begins_before = gap.from_ is None or gap.from_ <= max(self._clock, sent_ns)
-            if gap.partition == partition and begins_before and self._clock <= gap.to:
+            if _names(gap, ev, pair) and begins_before and self._clock <= gap.to:
                 report.in_gaps[stream] += 1
                 return
         report.left_over[stream] += 1
@@ -252,7 +250,7 @@ class Reconciler:
         if term is not None:
             term["other"] += 1
         else:
-            self._missing("other", data, "", self._clock)
+            self._missing("other", "", data, "", self._clock)
 
     def report(self) -> Report:
         """After the last line."""
@@ -276,6 +274,13 @@ class Reconciler:
         report.bars_extra = len(self._tables.bars.keys() - self._bars.keys())
         report.unchecked_symbols = sorted(self._symbols - checked)
         return report
+
+
+def _names(gap: Gap, ev: str, pair: str) -> bool:
+    """Whether an event of this kind and pair may have been missed in a gap; bytes that are no event, in any."""
+    if gap.partition != partition_of(pair):
+        return False
+    return not pair or (ev in gap.streams and ("*" in gap.pairs or pair in gap.pairs))
 
 
 _STATUS = b'"status"'

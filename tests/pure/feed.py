@@ -58,7 +58,8 @@ class Feed:
     def raw(self, recv_ms: Ms, data: bytes) -> None:
         """One frame of these bytes."""
         self.until(recv_ms)
-        self.slicer.frame(market_items(split_frame(data)), _ns(recv_ms))
+        if items := market_items(split_frame(data)):
+            self.slicer.frame(items, _ns(recv_ms))
         self.take()
 
     def at(self, t: int, *events: bytes) -> None:
@@ -77,10 +78,17 @@ class Feed:
         self.slicer.advance(now)
         self.take()
 
-    def pong(self, recv_ms: Ms) -> None:
+    def pong(self, recv_ms: Ms, asked_ms: Ms | None = None) -> None:
+        """A ping is answered, at once or asked earlier."""
         self.until(recv_ms)
-        self.slicer.pong(_ns(recv_ms))
+        self.slicer.pong(_ns(recv_ms if asked_ms is None else asked_ms), _ns(recv_ms))
         self.take()
+
+    def idle(self, since_ms: int, until_ms: int) -> None:
+        """Nothing comes but a pong each second, the last at the end."""
+        for recv_ms in range(since_ms + 1_000, until_ms, 1_000):
+            self.pong(recv_ms)
+        self.pong(until_ms)
 
     def lost(self, recv_ms: Ms, reason: str = "reconnect") -> None:
         self.until(recv_ms)

@@ -81,7 +81,7 @@ class TestBelief:
         feed = started()
         feed.at(T0 + 2_010, xt(T0 + 40_000))
         feed.until(T0 + 2_010 + LATENCY_MS + 2_000)
-        assert feed.slicer.clock.now == (T0 + 41_000) * NS_PER_MS  # its time and what has gone by since
+        assert feed.slicer.clock.now == (T0 + 40_000) * NS_PER_MS
         assert quarantined(feed) == []
 
     def test_contradicted_it_is_released_as_it_came_and_quarantined_downstream(self) -> None:
@@ -197,10 +197,41 @@ class TestTheFirstEvent:
         feed.until(T0 + MINUTE + 3_000)
         assert feed.times("gap") == [50_000]
 
-    def test_of_a_thousand_without_a_time_the_clock_begins_at_the_receive_time(self) -> None:
+    def test_where_nothing_ever_tells_the_time_no_wall_clock_gets_into_the_log(self) -> None:
+        for end in (Feed.flush, Feed.lost, Feed.stop):
+            feed = Feed()
+            feed.raw(T0, b"not json")
+            feed.frame(T0 + 100, b'{"ev":"XT"}', xt(IN_2099))
+            end(feed, T0 + MINUTE)
+            assert feed.records == []
+
+    def test_without_a_time_it_is_recorded_when_a_later_session_tells_it(self) -> None:
         feed = Feed()
-        feed.at(T0, *[b'{"ev":"XT"}'] * 1_000)
-        assert feed.times("gap") == [LATENCY_MS]
+        feed.raw(T0, b"not json")
+        feed.lost(T0 + 5_000)
+        feed.connected()
+        feed.at(T0 + MINUTE, xt(T0 + 50_000))
+        feed.until(T0 + MINUTE + 3_000)
+        assert feed.times("gap") == [50_000]
+        assert [record.value for record in feed.of("bad")] == [b"not json"]
+
+    def test_garbage_before_it_takes_nothing_from_the_time_to_judge_it(self) -> None:
+        feed = Feed()
+        feed.raw(T0 - MINUTE, b"not json")
+        feed.at(T0, xt(T0 + 30_000, x=3), xt(T0 + 30_000, x=3, pair="ETH-USD"))
+        feed.at(T0 + 10, xt(T0), xt(T0, x=2))
+        feed.until(T0 + 2_100)
+        assert feed.times("gap") == [0]
+        assert quarantined(feed) == [30_000, 30_000]
+
+    def test_of_more_than_a_thousand_without_a_time_the_last_are_kept(self) -> None:
+        """Memory has its limits, and before the log's first event there is the gap `start`."""
+        feed = Feed()
+        feed.at(T0, *[b'{"ev":"XT"}'] * 2_500)
+        feed.at(T0 + 100, xt(T0))
+        feed.until(T0 + 3_000)
+        assert feed.times("gap") == [0]
+        assert sum(record.events for record in feed.of("slice")) == 501
 
     def test_of_a_delayed_feed_it_sets_the_clock_a_quarter_of_an_hour_behind(self) -> None:
         feed = Feed()
@@ -212,25 +243,38 @@ class TestTheFirstEvent:
 class TestIdle:
     def test_an_idle_living_feed_moves_the_clock_a_margin_behind_elapsed_time(self) -> None:
         feed = started()
-        feed.until(T0 + 2_000 + LATENCY_MS + 5_000)
+        feed.idle(T0 + 2_000 + LATENCY_MS, T0 + 2_000 + LATENCY_MS + 5_000)
         assert ticked(feed) == [1_000, 2_000, 3_000, 4_000, 5_000, 6_000]
 
-    def test_each_idle_tick_comes_at_its_time(self) -> None:
-        feed = started()
-        feed.until(T0 + 2_000 + LATENCY_MS + 1_999)
-        assert ticked(feed)[-1] == 2_000
-        feed.until(T0 + 2_000 + LATENCY_MS + 2_000)
-        assert ticked(feed)[-1] == 3_000
+    def test_an_idle_minute_closes_within_two_seconds(self) -> None:
+        """The margin of one, and one until the next pong."""
+        feed = Feed()
+        for t in range(T0, T0 + MINUTE - 2_000, 250):
+            feed.at(t, xt(t), xt(t, x=2))
+        feed.idle(T0 + MINUTE - 2_250 + LATENCY_MS, T0 + MINUTE + 2_000)
+        assert ticked(feed)[-1] >= MINUTE
 
-    def test_a_silent_feed_is_not_alive(self) -> None:
+    def test_a_pong_proves_what_was_sent_before_it_was_asked_for(self) -> None:
         feed = started()
-        feed.until(T0 + HOUR)
-        assert ticked(feed)[-1] == 2_000 + 10_000 - 1_000
+        recv = T0 + 2_000 + LATENCY_MS
+        feed.pong(recv + 8_000, asked_ms=recv + 3_000)
+        assert ticked(feed)[-1] == 4_000
+
+    def test_nothing_moves_the_clock_before_a_frame_or_a_pong_proves_it(self) -> None:
+        """The connection may be dead, and nobody knows yet."""
+        feed = started()
+        feed.until(T0 + 2_000 + LATENCY_MS + 9_000)
+        assert ticked(feed)[-1] == 2_000
+
+    def test_the_next_frame_proves_the_silence_before_it(self) -> None:
+        """And so it does in a recording, which has no pongs."""
+        feed = started()
+        feed.at(T0 + 7_000, xt(T0 + 3_500, x=2))
+        assert ticked(feed)[-1] == 6_000
 
     def test_pongs_do_not_keep_a_silent_feed_alive(self) -> None:
         feed = started()
-        for t in range(T0 + 5_000, T0 + MINUTE, 5_000):
-            feed.pong(t)
+        feed.idle(T0 + 3_000, T0 + MINUTE)
         assert ticked(feed)[-1] == 2_000 + 10_000 - 1_000
 
     def test_a_disconnected_feed_is_not_alive(self) -> None:
@@ -389,11 +433,9 @@ class TestTheClockItself:
         clock = FeedClock((1_000 * NS_PER_S, 1_000 * NS_PER_S))
         assert clock.in_bounds(Claim(1_010 * NS_PER_S, 1, "A", 990 * NS_PER_S))
 
-    def test_idle_reaches_is_the_inverse_of_idle(self) -> None:
+    def test_idle_it_goes_by_the_time_since_the_last_belief_less_a_margin(self) -> None:
         clock = FeedClock((1_000 * NS_PER_S, 5_000 * NS_PER_S))
-        at = clock.idle_reaches(1_004 * NS_PER_S)
-        assert at == 5_004 * NS_PER_S + MARGIN_NS
-        assert clock.idle(at) == 1_004 * NS_PER_S
+        assert clock.idle(5_004 * NS_PER_S + MARGIN_NS) == 1_004 * NS_PER_S
 
 
 def without_trades() -> Feed:

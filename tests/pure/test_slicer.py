@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from producers.offline import records_of
-from producers.slicer import Slicer, SlicerSettings, partition_of
+from producers.slicer import Slicer, SlicerSettings
 from producers.split import split_frame
 from schemas.events import NS_PER_MS
 from schemas.frames import Frame
+from schemas.partition import partition_of
 from schemas.raw import RawRecord, decode_gap_value
 from schemas.topics import PARTITIONS
 
@@ -269,7 +270,6 @@ class TestGaps:
     def test_after_a_lost_connection_it_begins_at_the_last_frame(self) -> None:
         feed = started()
         feed.at(T0 + 700, xt(T0 + 700))
-        feed.until(T0 + 4_500)  # the idle clock goes on to T0 + 3 s meanwhile
         feed.lost(T0 + 4_500)
         feed.connected()
         feed.at(T0 + 9_000, xt(T0 + 9_000))
@@ -281,6 +281,17 @@ class TestGaps:
         feed.at(T0 + 700, xt(T0 + 700))
         feed.pong(T0 + 700 + LATENCY_MS + 3_100)
         feed.lost(T0 + 4_500)
+        feed.connected()
+        feed.at(T0 + 9_000, xt(T0 + 9_000))
+        feed.until(T0 + 9_200)
+        assert gaps_of(feed)[-1] == (2_800, 9_000, "reconnect")
+
+    def test_nor_does_it_begin_later_after_a_pong_that_took_long(self) -> None:
+        """What the feed sent after it was asked may be behind the pong, and lost with the connection."""
+        feed = started()
+        feed.at(T0 + 700, xt(T0 + 700))
+        feed.pong(T0 + 700 + LATENCY_MS + 6_100, asked_ms=T0 + 700 + LATENCY_MS + 3_100)
+        feed.lost(T0 + 8_000)
         feed.connected()
         feed.at(T0 + 9_000, xt(T0 + 9_000))
         feed.until(T0 + 9_200)
@@ -335,6 +346,20 @@ class TestGaps:
         assert gaps_of(after, 1) == [(700, 9_000, "away")]
         assert gaps_of(after, 2) == [(0, 9_000, "away")]
         assert {(record.epoch, record.n) for record in after.of("gap")} == {(2, 0)}
+
+    def test_killed_while_the_connection_was_dead_and_nobody_knew_the_absence_begins_when_it_died(self) -> None:
+        """The half-open stretch is in no record: had ticks run through it, it would lie before the gap."""
+        before = started()
+        before.at(T0 + 700, xt(T0 + 700))
+        before.until(T0 + 700 + LATENCY_MS + 9_000)
+        after = Feed(resume=before.resume())
+        after.at(T0 + 12_000, xt(T0 + 12_000))
+        after.until(T0 + 12_200)
+        for partition in range(PARTITIONS):
+            (since, until, reason) = gaps_of(after, partition)[0]
+            assert since is not None
+            assert since <= 700
+            assert (until, reason) == (12_000, "away")
 
     def test_a_partition_that_has_no_record_yet_starts(self) -> None:
         before = started()
@@ -485,7 +510,8 @@ class TestEveryFrameStream:
     def test_every_byte_that_was_sent_stands_in_the_log_once(
         self, happened: list[Happening], settings: SlicerSettings
     ) -> None:
-        records, sent = played(happened, settings)
+        told = (100.0, ("frame", [(0, "BTC-USD", 1, xt)]))  # a log begins with the first event that tells the time
+        records, sent = played([*happened, told], settings)
         logged = [
             data
             for record in records
@@ -565,7 +591,7 @@ class TestEveryFrameStream:
                 data = content if isinstance(content, bytes) else _frame(now / NS_PER_MS, content)
                 slicer.frame(split_frame(data), now)
             elif kind == "pong":
-                slicer.pong(now)
+                slicer.pong(now, now)
             elif kind == "lost":
                 slicer.lost("reconnect", now)
                 slicer.connected(now)
