@@ -44,18 +44,18 @@ class _Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
 
 
 class Sink:
-    """Reads one topic into one table, from the offsets that the table's database holds."""
+    """Reads the topics of one table into it, from the offsets that the table's database holds."""
 
     def __init__(self, shell: Shell, table: Table) -> None:
         self._shell = shell
         self._settings: Settings = shell.settings
         self._table = table
-        self._topic = self._settings.topic_prefix + table.topic.name
+        self._topics = [self._settings.topic_prefix + topic.name for topic in table.topics]
         self._assignment = _Assignment()
         self._connection: asyncpg.Connection | None = None
         self._positioned: set[TopicPartition] | None = None  # the assignment that the positions are for
-        self._positions: dict[int, int] = {}
-        self._shown: dict[int, int] = {}
+        self._positions: dict[TopicPartition, int] = {}
+        self._shown: dict[TopicPartition, int] = {}
         self._show_at = 0.0
         self._moved_at = 0.0
 
@@ -72,11 +72,11 @@ class Sink:
             session_timeout_ms=6_000,  # how long a killed sink's partitions wait; brokers allow no less
             heartbeat_interval_ms=1_000,  # and how long the others may not know of a rebalance
             fetch_max_wait_ms=50,
-            max_partition_fetch_bytes=max(self._table.topic.max_message_bytes, 1024**2),
+            max_partition_fetch_bytes=max(topic.max_message_bytes for topic in self._table.topics),
         )
         try:
             await consumer.start()
-            consumer.subscribe([self._topic], listener=self._assignment)
+            consumer.subscribe(self._topics, listener=self._assignment)
             while True:
                 await self._turn(consumer)
         finally:
@@ -124,11 +124,10 @@ class Sink:
         if self._connection is None or self._connection.is_closed():
             self._connection = await database.open_connection(self._settings)
             await writer.stage(self._connection, self._table)
-        partitions = [place.partition for place in places]
-        positions = await writer.offsets(self._connection, self._table, self._topic, partitions)
+        positions = await writer.offsets(self._connection, self._table, places)
         begins, ends = await consumer.beginning_offsets(places), await consumer.end_offsets(places)
         for place in places:
-            at = positions[place.partition]
+            at = positions[place]
             if at > ends[place]:
                 raise UsageError(
                     f"{self._table.name} stands at offset {at} of {place.topic}[{place.partition}], which ends at "
@@ -136,14 +135,12 @@ class Sink:
                 )
             if at < begins[place]:
                 log.error("the log was overtaken by retention", place=str(place), lost=[at, begins[place]])
-                await writer.write(
-                    self._connection, self._table, self._topic, [], {place.partition: (at, begins[place])}
-                )
-                positions[place.partition] = begins[place]
+                await writer.write(self._connection, self._table, [], {place: (at, begins[place])})
+                positions[place] = begins[place]
         if places is not self._assignment.places:
             return  # it changed meanwhile
         for place in places:
-            consumer.seek(place, positions[place.partition])
+            consumer.seek(place, positions[place])
         self._positions, self._positioned = positions, places
         self._moved_at = time.monotonic()
         self._shell.health[self._table.name] = None
@@ -152,28 +149,30 @@ class Sink:
         """Writes them, or all but those that make no row: halving finds them."""
         if not records:
             return
-        # Partition by partition, in order: the last offset of each is the one that stays.
-        moves = {r.partition: (self._positions[r.partition], r.offset + 1) for r in records}
+        # Place by place, in order: the last offset of each is the one that stays.
+        moves = {
+            (place := TopicPartition(r.topic, r.partition)): (self._positions[place], r.offset + 1) for r in records
+        }
         started = time.perf_counter()
         try:
             # b"" for a null, which is no event either.
             rows = self._table.rows([record.value or b"" for record in records])
-            changed = await writer.write(self._connection, self._table, self._topic, rows, moves)
+            changed = await writer.write(self._connection, self._table, rows, moves)
         except writer.REFUSED as error:
             if len(records) > 1:
                 middle = len(records) // 2
                 await self._store(records[:middle])
                 await self._store(records[middle:])
                 return
-            place = f"{self._topic}[{records[0].partition}]@{records[0].offset}"
-            log.error("a record makes no row and is passed over", place=place, error=str(error))
+            at = f"{records[0].topic}[{records[0].partition}]@{records[0].offset}"
+            log.error("a record makes no row and is passed over", place=at, error=str(error))
             metrics.UNDECODABLE.labels(self._table.name).inc()
-            await writer.write(self._connection, self._table, self._topic, [], moves)
+            await writer.write(self._connection, self._table, [], moves)
         else:
             metrics.COMMIT_SECONDS.labels(self._table.name).observe(time.perf_counter() - started)
             metrics.ROWS.labels(self._table.name).inc(changed)
             metrics.ROW_DUPLICATES.labels(self._table.name).inc(len(rows) - changed)
-        self._positions |= {partition: new for partition, (_, new) in moves.items()}
+        self._positions |= {place: new for place, (_, new) in moves.items()}
 
     async def _show(self, consumer: AIOKafkaConsumer) -> None:
         """Sets the metric, and now and then Kafka's own offsets: those are for display, so failing is fine."""
@@ -181,14 +180,14 @@ class Sink:
         for place in consumer.assignment():
             end = consumer.highwater(place)
             if end is not None:
-                lag += max(0, end - self._positions.get(place.partition, end))
+                lag += max(0, end - self._positions.get(place, end))
         metrics.SINK_LAG.labels(self._table.name).set(lag)
         if self._positions != self._shown and time.monotonic() >= self._show_at:
             self._show_at = time.monotonic() + SHOW_S
             shown = dict(self._positions)
             with contextlib.suppress(KafkaError, TimeoutError):
                 async with asyncio.timeout(RETRY_S):  # aiokafka would try again for ever
-                    await consumer.commit({TopicPartition(self._topic, p): at for p, at in shown.items()})
+                    await consumer.commit(shown)
                 self._shown = shown
 
     async def _look_for_stall(self, consumer: AIOKafkaConsumer) -> None:
@@ -196,8 +195,10 @@ class Sink:
         ends = await consumer.end_offsets(self._positioned)
         if self._positioned is not self._assignment.places:
             return
-        if late := [place.partition for place, end in ends.items() if await consumer.position(place) < end]:
-            raise TapedeckError(f"{self._topic}, partitions {sorted(late)}: records wait, none came for {STALL_S:g} s")
+        if late := [
+            f"{place.topic}[{place.partition}]" for place, end in ends.items() if await consumer.position(place) < end
+        ]:
+            raise TapedeckError(f"{', '.join(sorted(late))}: records wait, none came for {STALL_S:g} s")
 
     async def _trouble(self, what: str, error: BaseException) -> None:
         """Something is away or said no: nothing was written, so go back and try again."""

@@ -17,11 +17,11 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Table(NamedTuple):
-    """One destination: a consumer group of its own reads `topic` into `name`."""
+    """One destination: a consumer group of its own reads `topics` into `name`."""
 
     sink: str
     name: str
-    topic: topics.Topic
+    topics: tuple[topics.Topic, ...]
     columns: Sequence[str]
     rows: Callable[[Sequence[bytes]], list[tuple[Any, ...]]]
     insert: str
@@ -33,7 +33,7 @@ def timestamp(ns: int) -> datetime:
 
 
 def _columns(event: type[msgspec.Struct]) -> tuple[str, ...]:
-    return ("time", *event.__struct_fields__)
+    return ("time", *(field.encode_name for field in msgspec.structs.fields(event)))
 
 
 def _quoted(columns: Sequence[str]) -> str:
@@ -54,32 +54,42 @@ def _rows(decode: Callable[[bytes], Any], time: str) -> Callable[[Sequence[bytes
     return rows
 
 
-def _kept(sink: str, name: str, topic: topics.Topic, event: type[msgspec.Struct], rows: Any) -> Table:
+def _kept(
+    sink: str, name: str, topic: topics.Topic, event: type[msgspec.Struct], decode: Callable[[bytes], Any], time: str
+) -> Table:
     """The first of each key stays."""
     columns = _columns(event)
     insert = f"INSERT INTO {name} ({_quoted(columns)}) SELECT {_quoted(columns)} FROM staged ON CONFLICT DO NOTHING"
-    return Table(sink, name, topic, columns, rows, insert)
+    return Table(sink, name, (topic,), columns, _rows(decode, time), insert)
 
 
-def _replaced(sink: str, name: str, topic: topics.Topic, event: type[msgspec.Struct], rows: Any) -> Table:
-    """The highest order of each key stays. DISTINCT, for a statement may touch a row only once."""
-    columns = _columns(event)
+def _bars() -> Table:
+    """The highest order of each key stays, and the history keeps them all. DISTINCT, for a statement may touch a row
+    only once."""
+    name, columns = "crypto_aggregates", _columns(events.Bar)
     updates = ", ".join(f'"{column}" = excluded."{column}"' for column in columns)
     insert = (
+        f"WITH every AS (INSERT INTO crypto_aggregates_history ({_quoted(columns)}) "
+        f"SELECT {_quoted(columns)} FROM staged ON CONFLICT DO NOTHING) "
         f"INSERT INTO {name} ({_quoted(columns)}) "
         f"SELECT DISTINCT ON (symbol, interval, time) {_quoted(columns)} FROM staged "
         "ORDER BY symbol, interval, time, repair DESC, revision DESC "
         f"ON CONFLICT (symbol, interval, time) DO UPDATE SET {updates} "
         f"WHERE (excluded.repair, excluded.revision) > ({name}.repair, {name}.revision)"
     )
-    return Table(sink, name, topic, columns, rows, insert)
+    read = (topics.BARS_1M, *topics.ROLLUPS.values())
+    return Table("bars", name, read, columns, _rows(events.decode_bar, "start"), insert)
 
 
-TRADES = _kept("trades", "crypto_trades", topics.TRADES, events.Trade, _rows(events.decode_trade, "ts_event"))
-QUOTES = _kept("quotes", "crypto_quotes", topics.QUOTES, events.Quote, _rows(events.decode_quote, "ts_event"))
-VENDOR_BARS = _kept(
-    "bars", "vendor_bars", topics.VENDOR_BARS, events.VendorBar, _rows(events.decode_vendor_bar, "start")
+TRADES = _kept("trades", "crypto_trades", topics.TRADES, events.Trade, events.decode_trade, "ts_event")
+QUOTES = _kept("quotes", "crypto_quotes", topics.QUOTES, events.Quote, events.decode_quote, "ts_event")
+VENDOR_BARS = _kept("bars", "vendor_bars", topics.VENDOR_BARS, events.VendorBar, events.decode_vendor_bar, "start")
+BARS = _bars()
+ANOMALIES = _kept("audit", "anomalies", topics.ANOMALIES, events.Anomaly, events.decode_anomaly, "ts_event")
+GAPS = _kept("audit", "gaps", topics.GAPS, events.Gap, events.decode_gap, "to")
+DEAD_LETTERS = _kept(
+    "audit", "dead_letters", topics.DEAD_LETTERS, events.DeadLetter, events.decode_dead_letter, "ts_recv"
 )
-BARS = _replaced("bars", "crypto_aggregates", topics.BARS_1M, events.Bar, _rows(events.decode_bar, "start"))
+QUARANTINE = _kept("audit", "quarantine", topics.QUARANTINE, events.Quarantined, events.decode_quarantined, "ts_recv")
 
-ALL = (TRADES, QUOTES, VENDOR_BARS, BARS)
+ALL = (TRADES, QUOTES, VENDOR_BARS, BARS, ANOMALIES, GAPS, DEAD_LETTERS, QUARANTINE)

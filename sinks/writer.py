@@ -1,9 +1,10 @@
 """One batch and the offsets it came from, in one transaction, guarded. What makes a sink exactly once."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import asyncpg
+from aiokafka import TopicPartition
 
 from sinks.tables import Table
 
@@ -23,19 +24,22 @@ class Fenced(Exception):
     """Another sink owns a partition: its offset is not where we left it. Nothing was written."""
 
 
-async def offsets(connection: asyncpg.Connection, table: Table, topic: str, partitions: list[int]) -> dict[int, int]:
-    """Where to read on in each partition: the database knows, Kafka's own offsets are for display."""
+async def offsets(
+    connection: asyncpg.Connection, table: Table, places: Iterable[TopicPartition]
+) -> dict[TopicPartition, int]:
+    """Where to read on in each place: the database knows, Kafka's own offsets are for display."""
+    wanted = list(places)
     await connection.executemany(
         "INSERT INTO sink_offsets VALUES ($1, $2, $3, 0) ON CONFLICT DO NOTHING",
-        [(table.name, topic, partition) for partition in partitions],
+        [(table.name, *place) for place in wanted],
     )
     found = await connection.fetch(
-        "SELECT partition, next_offset FROM sink_offsets WHERE sink = $1 AND topic = $2 AND partition = ANY($3)",
+        "SELECT topic, partition, next_offset FROM sink_offsets WHERE sink = $1 AND topic = ANY($2)",
         table.name,
-        topic,
-        partitions,
+        list({place.topic for place in wanted}),
     )
-    return {row["partition"]: row["next_offset"] for row in found}
+    held = {TopicPartition(row["topic"], row["partition"]): row["next_offset"] for row in found}
+    return {place: held[place] for place in wanted}
 
 
 async def stage(connection: asyncpg.Connection, table: Table) -> None:
@@ -48,11 +52,10 @@ async def stage(connection: asyncpg.Connection, table: Table) -> None:
 async def write(
     connection: asyncpg.Connection,
     table: Table,
-    topic: str,
     rows: list[tuple[Any, ...]],
-    moves: Mapping[int, tuple[int, int]],
+    moves: Mapping[TopicPartition, tuple[int, int]],
 ) -> int:
-    """Writes rows and moves offsets (partition to expected and new) together; returns the rows changed.
+    """Writes rows and moves offsets (place to expected and new) together; returns the rows changed.
 
     Raises Fenced when any offset is not the expected one, and what asyncpg raises; either way nothing is
     written and nothing moved. The offsets are touched, and so locked, only when the rows have arrived: from
@@ -63,16 +66,17 @@ async def write(
             await connection.copy_records_to_table("staged", records=rows, columns=list(table.columns))
         moved = await connection.fetch(
             "UPDATE sink_offsets AS o SET next_offset = m.new "
-            "FROM unnest($3::int[], $4::bigint[], $5::bigint[]) AS m(partition, expected, new) "
-            "WHERE o.sink = $1 AND o.topic = $2 AND o.partition = m.partition AND o.next_offset = m.expected "
-            "RETURNING o.partition",
+            "FROM unnest($2::text[], $3::int[], $4::bigint[], $5::bigint[]) AS m(topic, partition, expected, new) "
+            "WHERE o.sink = $1 AND o.topic = m.topic AND o.partition = m.partition AND o.next_offset = m.expected "
+            "RETURNING o.topic, o.partition",
             table.name,
-            topic,
-            list(moves),
+            [place.topic for place in moves],
+            [place.partition for place in moves],
             [expected for expected, _ in moves.values()],
             [new for _, new in moves.values()],
         )
         if len(moved) != len(moves):
-            raise Fenced(f"{topic}: offsets of {sorted(set(moves) - {r['partition'] for r in moved})} are not ours")
+            lost = set(moves) - {TopicPartition(row["topic"], row["partition"]) for row in moved}
+            raise Fenced(f"the offsets of {', '.join(f'{t}[{p}]' for t, p in sorted(lost))} are not ours")
         status: str = await connection.execute(table.insert) if rows else "INSERT 0 0"
         return int(status.rsplit(" ", 1)[1])

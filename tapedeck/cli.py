@@ -148,11 +148,12 @@ def process() -> int:
 
 
 @cli.command()
-@click.argument("name", type=click.Choice(["trades", "quotes", "bars", "all"]), metavar="trades|quotes|bars|all")
+@click.argument("name", type=click.Choice(["trades", "quotes", "bars", "audit", "all"]), metavar="trades|quotes|bars|audit|all")
 def sink(name: str) -> int:
     """Write topics into PostgreSQL, each event exactly once.
 
-    The tables are made, or migrated, at the start. `bars` writes our bars and the vendor's.
+    The tables are made, or migrated, at the start. `bars` writes our bars of all intervals
+    and the vendor's, `audit` what says how far to trust the rest: anomalies, gaps, dead letters, quarantine.
     """
     from sinks import service
     from tapedeck.shell import run_service

@@ -20,7 +20,15 @@ from tapedeck import database
 from tapedeck.errors import TapedeckError
 from tapedeck.settings import Settings
 
-TABLES = {"sink_offsets", "crypto_trades", "crypto_quotes", "crypto_aggregates", "vendor_bars"}
+PLAIN = {"sink_offsets", "gaps", "dead_letters", "quarantine", "exchanges"}
+TABLES = PLAIN | {
+    "crypto_trades",
+    "crypto_quotes",
+    "crypto_aggregates",
+    "crypto_aggregates_history",
+    "vendor_bars",
+    "anomalies",
+}
 MIGRATE = "import asyncio; from tapedeck import database, settings; asyncio.run(database.prepare(settings.load()))"
 
 
@@ -67,7 +75,7 @@ async def test_with_timescaledb_the_tables_of_events_are_hypertables(settings: S
         if not await connection.fetchval("SELECT count(*) FROM pg_extension WHERE extname = 'timescaledb'"):
             pytest.skip("this PostgreSQL has no TimescaleDB")
         names = await connection.fetch("SELECT hypertable_name FROM timescaledb_information.hypertables")
-        assert {row["hypertable_name"] for row in names} == TABLES - {"sink_offsets"}
+        assert {row["hypertable_name"] for row in names} == TABLES - PLAIN
     finally:
         await connection.close()
 

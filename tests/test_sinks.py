@@ -207,7 +207,7 @@ async def test_rows_are_the_events_value_by_value(settings: Settings, publish: P
         tables.BARS: [bar(), bar(2, 3, symbol="ETH-USD", flags=["partial", "late"], quality=D("0.9833"))],
     }
     for table, made in sent.items():
-        await publish(table.topic, 3, made)
+        await publish(table.topics[0], 3, made)
     async with sinking(settings):
         for table, made in sent.items():
             await reaches(db, table, len(made))
@@ -228,9 +228,9 @@ async def test_a_repeated_record_changes_nothing_and_is_counted(
     before = {table: (counted("rows", table), counted("duplicates", table)) for table in made}
     async with sinking(settings):
         for table, event in made.items():
-            await publish(table.topic, 0, [event] * 3)
+            await publish(table.topics[0], 0, [event] * 3)
             await reaches(db, table, 3)
-            await publish(table.topic, 0, [event])  # in a batch of its own
+            await publish(table.topics[0], 0, [event])  # in a batch of its own
             await reaches(db, table, 4)
     for table, event in made.items():
         assert list(map(texts, await stored(db, table))) == [row_of(event)]
@@ -480,22 +480,22 @@ async def test_a_zombie_writes_nothing_and_without_the_guard_it_would(
     settings: Settings, db: asyncpg.Connection, zombie_is_at: int, zombie_brings: list[int]
 ) -> None:
     """What must hold: the rows are those of the records before the offset, no more and no less."""
-    topic = settings.topic_prefix + topics.QUOTES.name
+    place = TopicPartition(settings.topic_prefix + topics.QUOTES.name, 0)
     owner, zombie = [await database.open_connection(settings) for _ in range(2)]
     for connection in (owner, zombie):
         await writer.stage(connection, tables.QUOTES)
-    assert await writer.offsets(owner, tables.QUOTES, topic, [0]) == {0: 0}
+    assert await writer.offsets(owner, tables.QUOTES, [place]) == {place: 0}
 
     async def write(how: Callable[..., Any], connection: asyncpg.Connection, at: int, numbers: list[int]) -> None:
         rows = tables.QUOTES.rows([events.encode(quote(n)) for n in numbers])
-        await how(connection, tables.QUOTES, topic, rows, {0: (at, at + len(numbers))})
+        await how(connection, tables.QUOTES, rows, {place: (at, at + len(numbers))})
 
     async def sound() -> bool:
         (at,) = (await offsets(db, tables.QUOTES)).values()
         return {n for _, n in await places(db, tables.QUOTES)} == set(range(at))
 
     await write(writer.write, owner, 0, [0, 1, 2])
-    with pytest.raises(writer.Fenced, match=r"offsets of \[0\] are not ours"):
+    with pytest.raises(writer.Fenced, match=r"quotes\.v1\[0\] are not ours"):
         await write(writer.write, zombie, zombie_is_at, zombie_brings)
     assert await sound()
     await write(writer.write, owner, 3, [3])

@@ -41,7 +41,7 @@ from tapedeck.settings import Settings
 
 log = structlog.get_logger()
 
-SINKS = ("trades", "quotes", "bars")
+SINKS = ("trades", "quotes", "bars", "audit")
 START_S = 120.0
 PATIENT_DRAIN_S = 300.0  # a run that ends by itself waits for what is on its way
 QUIET_S = 3.0
