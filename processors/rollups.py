@@ -32,6 +32,7 @@ DAY_NS = INTERVALS_NS["1d"]
 SKEW_NS = HOUR_NS  # by which a record's time may be behind that of one before it
 EMITTED_NS = 3 * DAY_NS  # a range that began longer before the marker is not emitted
 KEPT_NS = EMITTED_NS + SKEW_NS
+FOREIGN_EPOCH = -(2**62)  # of dead letters; the pipeline has its own, repairs have their numbers below 0
 MOST = 2**48  # any count or number of ours is far below, and the sums of a day stay within 64 bits
 LARGE = Decimal("1e50")  # far above the sums of a minute's accepted numbers
 WIDE = Decimal("1e60")  # far above a day's: what can be added to it exactly can be added up
@@ -40,10 +41,11 @@ _ROLLUPS_NS = {interval: length for interval, length in INTERVALS_NS.items() if 
 
 
 class BarRecord(NamedTuple):
-    """A record of `bars.1m.v1`."""
+    """A record of `bars.1m.v1`. Its offset is the identity of what turns out to be none."""
 
     timestamp_ms: int
     value: bytes
+    offset: int
 
 
 class _Gap(NamedTuple):
@@ -87,6 +89,11 @@ class Rollups:
         self._changed: set[tuple[int, str]] = set()  # closed minutes with a newer record since then
 
     @property
+    def tick(self) -> int | None:
+        """How far it has come: the end of the highest marker, ns."""
+        return self._closed or None
+
+    @property
     def taken_ms(self) -> int | None:
         """The highest timestamp of a record that was taken, ms."""
         return self._clock // NS_PER_MS or None
@@ -99,7 +106,14 @@ class Rollups:
             _check(event, clock + SKEW_NS)
         except (*wire.DECODE_ERRORS, _Unsound, Inexact, InvalidOperation) as error:
             self.counts["deadletter"] += 1
-            letter = DeadLetter(f"not a bar of one minute: {error}", 0, *text_of(record.value), -1, self.partition, -1)
+            letter = DeadLetter(
+                f"not a bar of one minute: {error}",
+                0,
+                *text_of(record.value),
+                FOREIGN_EPOCH,
+                self.partition,
+                record.offset,
+            )
             return [Output(topics.DEAD_LETTERS.name, None, encode(letter), record.timestamp_ms)]
         if clock > self._clock:
             self._advance(clock)

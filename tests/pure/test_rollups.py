@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from processors.pipeline import Output
 from processors.rollups import DAY_NS, HOUR_NS, BarRecord, Rollups
 from schemas import topics
-from schemas.events import MINUTE_NS, NS_PER_MS, Bar, MinuteClosed, MinuteEmpty, Missed, encode
+from schemas.events import MINUTE_NS, NS_PER_MS, Bar, MinuteClosed, MinuteEmpty, Missed, decode_dead_letter, encode
+from schemas.raw import bytes_of
 
 from .reference import decoded
 from .rollup_reference import RollupReference
@@ -50,7 +51,7 @@ def missed(since: float | None, to: float, pairs: Sequence[str] = ("*",), reason
 
 def record(event: Bar | MinuteEmpty | MinuteClosed, at: float) -> BarRecord:
     """As it stands in the log `at` minutes after T0, and the grace."""
-    return BarRecord((T0 + round(at * MINUTE_NS) + GRACE_NS) // NS_PER_MS, encode(event))
+    return BarRecord((T0 + round(at * MINUTE_NS) + GRACE_NS) // NS_PER_MS, encode(event), 0)
 
 
 class Tape:
@@ -296,8 +297,10 @@ class TestWhenItComes:
     def test_what_is_no_record_of_ours_is_a_dead_letter_and_changes_nothing(self, value: bytes) -> None:
         stage = Rollups(1)
         before = stage.state()
-        (output,) = stage.process(BarRecord(T0 // NS_PER_MS, value))
+        (output,) = stage.process(BarRecord(T0 // NS_PER_MS, value, 17))
         assert output.topic == topics.DEAD_LETTERS.name
+        letter = decode_dead_letter(output.value)
+        assert (bytes_of(letter.encoding, letter.payload), letter.partition, letter.n) == (value, 1, 17)
         assert stage.state() == before
 
 
@@ -412,7 +415,7 @@ def log_of(script: Iterable[Step]) -> list[BarRecord]:
                 stretch = log[-back:][:count]
                 log += [one for one in stretch if one.timestamp_ms >= oldest]
             case Junk(data):
-                log.append(BarRecord((T0 + now * MINUTE_NS) // NS_PER_MS, data))
+                log.append(BarRecord((T0 + now * MINUTE_NS) // NS_PER_MS, data, 0))
     return log
 
 
@@ -447,7 +450,7 @@ class TestEveryLog:
         for one in log_of(script):
             outputs = stage.process(one)
             if [output.topic for output in outputs] != [topics.DEAD_LETTERS.name]:
-                assert [decoded(output.value) for output in outputs] == reference.take(*one)
+                assert [decoded(output.value) for output in outputs] == reference.take(one.timestamp_ms, one.value)
                 assert all(output.timestamp_ms == one.timestamp_ms for output in outputs)
 
     @given(scripts)
