@@ -1,10 +1,14 @@
-"""The pipeline without Kafka: raw records in, one NDJSON file per output topic out. Used by `compute`."""
+"""The pipeline without Kafka: raw records in, one NDJSON file per output topic out. Used by `compute`.
+
+Rollups are made of the bars as they come, as by a worker that is never behind.
+"""
 
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
 from processors.pipeline import RUN_IN_RECORDS, Output, Pipeline
+from processors.rollups import BarRecord, Rollups
 from processors.settings import PipelineSettings
 from schemas import topics
 from schemas.raw import Foreign, RawRecord
@@ -24,14 +28,18 @@ def compute(
     taken up in its middle."""
     out.mkdir(parents=True, exist_ok=True)
     pipelines: dict[int, Pipeline] = {}
+    rollups: dict[int, Rollups] = {}
     counts = dict.fromkeys(FILES.values(), 0)
     with ExitStack() as stack:
         files = {name: stack.enter_context((out / file).open("wb")) for name, file in FILES.items()}
 
-        def write(outputs: list[Output]) -> None:
+        def write(partition: int, outputs: list[Output]) -> None:
             for output in outputs:
                 files[output.topic].write(output.value + b"\n")
                 counts[FILES[output.topic]] += 1
+                if output.topic == topics.BARS_1M.name:
+                    bar = BarRecord(output.timestamp_ms, output.value, 0)
+                    write(partition, rollups[partition].process(bar))
 
         for offset, record in records:
             pipeline = pipelines.get(record.partition)
@@ -39,8 +47,9 @@ def compute(
                 middle = offset > 0
                 run_in = RUN_IN_RECORDS if middle else 0
                 pipeline = pipelines[record.partition] = Pipeline(record.partition, settings, run_in, middle)
-            write(pipeline.process(record))
+                rollups[record.partition] = Rollups(record.partition)
+            write(record.partition, pipeline.process(record))
         if close:
-            for _, pipeline in sorted(pipelines.items()):
-                write(pipeline.close())
+            for partition, pipeline in sorted(pipelines.items()):
+                write(partition, pipeline.close())
     return counts

@@ -30,7 +30,7 @@ from schemas.events import (
 from schemas.raw import Foreign, RawRecord, decode_gap_value, text_of
 
 NO_HEADERS: list[tuple[str, bytes]] = []
-FOREIGN_EPOCH = -1
+FOREIGN_EPOCH = -(2**62) - 2  # of dead letters that no producer of ours wrote; those of the other stages are above
 RUN_IN_RECORDS = 1_000  # more than a producer ever has in flight on a partition
 
 

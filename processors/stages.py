@@ -5,9 +5,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 from processors.pipeline import RUN_IN_RECORDS, Output, Pipeline
+from processors.repairs import Repairs
+from processors.rollups import BarRecord, Rollups
 from processors.settings import PipelineSettings
 from schemas import topics
 from schemas.raw import record_of
+from schemas.rest import RestRecord
 
 Headers = Iterable[tuple[str, bytes]]
 
@@ -43,6 +46,24 @@ class Stage(NamedTuple):
     run_in: int
 
 
-RAW = Stage(topics.RAW, record_of, Pipeline, RUN_IN_RECORDS)
+def _bar_record(_: int, timestamp_ms: int, __: Headers, value: bytes | None, offset: int) -> BarRecord:
+    return BarRecord(timestamp_ms, value or b"", offset)
 
-ALL = (RAW,)
+
+def _rest_record(_: int, timestamp_ms: int, headers: Headers, value: bytes | None, offset: int) -> RestRecord:
+    return RestRecord(timestamp_ms, list(headers), value or b"", offset)
+
+
+def _rollups(partition: int, _: PipelineSettings, __: int, lost: bool, ___: int | None) -> Rollups:
+    return Rollups(partition, lost)
+
+
+def _repairs(partition: int, settings: PipelineSettings, *_: object) -> Repairs:
+    return Repairs(partition, settings.fingerprint())
+
+
+RAW = Stage(topics.RAW, record_of, Pipeline, RUN_IN_RECORDS)
+ROLLUPS = Stage(topics.BARS_1M, _bar_record, _rollups, 0)
+REPAIRS = Stage(topics.RAW_REST, _rest_record, _repairs, 0)
+
+ALL = (RAW, REPAIRS, ROLLUPS)

@@ -148,7 +148,9 @@ def process() -> int:
 
 
 @cli.command()
-@click.argument("name", type=click.Choice(["trades", "quotes", "bars", "audit", "all"]), metavar="trades|quotes|bars|audit|all")
+@click.argument(
+    "name", type=click.Choice(["trades", "quotes", "bars", "audit", "all"]), metavar="trades|quotes|bars|audit|all"
+)
 def sink(name: str) -> int:
     """Write topics into PostgreSQL, each event exactly once.
 

@@ -24,6 +24,7 @@ from processors.stages import ALL
 from producers.offline import records_of
 from producers.slicer import SlicerSettings
 from schemas import topics
+from schemas.events import Bar, decode_bar
 from schemas.frames import Frame, read_frames
 from schemas.raw import RawRecord, read_log
 from tapedeck import kafka as clients
@@ -170,11 +171,29 @@ async def line(settings: Settings, spawn: Spawn) -> AsyncIterator[Line]:
     await line.stop()
 
 
+ROLLUPS = {topic.name for topic in topics.ROLLUPS.values()}
+
+
 def assert_same(published: dict[str, dict[bytes, int]], computed: dict[str, set[bytes]]) -> None:
+    """Of rollups only the highest orders: a worker may publish a revised bar before the marker that it came after."""
     for name, values in computed.items():
-        missing, extra = values - published[name].keys(), published[name].keys() - values
+        found: set[bytes] = set(published[name])
+        if name in ROLLUPS:
+            found, values = highest(found), highest(values)
+        missing, extra = values - found, found - values
         assert not missing, (name, len(missing), sorted(missing)[:2])
         assert not extra, (name, len(extra), sorted(extra)[:2])
+
+
+def highest(bars: Iterable[bytes]) -> set[bytes]:
+    kept: dict[tuple[str, int], tuple[tuple[int, int], bytes]] = {}
+    for value in bars:
+        bar = decode_bar(value)
+        assert isinstance(bar, Bar)
+        key, order = (bar.symbol, bar.start), (bar.repair, bar.revision)
+        if key not in kept or order > kept[key][0]:
+            kept[key] = order, value
+    return {value for _, value in kept.values()}
 
 
 async def strike(kind: str, line: Line, servers: Servers, rng: random.Random) -> None:
@@ -232,6 +251,7 @@ async def test_twenty_misfortunes_change_no_byte(line: Line, servers: Servers, t
     published = await line.published()
     assert_same(published, await line.computed(tmp_path))
     repeats = sum(count - 1 for counts in published.values() for count in counts.values())
+    assert any(name in ROLLUPS and values for name, values in published.items())
     assert repeats > 0, "nothing was done twice: the kills hit nothing"
 
 

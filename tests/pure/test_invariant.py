@@ -182,7 +182,7 @@ class TestEveryLog:
         ]
         read = [(line.offset, record) for line, record in read_log(lines)]
         assert [record for _, record in read] == log
-        live: dict[str, bytes] = dict.fromkeys(FILES.values(), b"")
+        live: dict[str, bytes] = {FILES[stage_one]: b"" for stage_one in FILES.keys() - {t.name for t in topics.ROLLUPS.values()}}
         for output in outputs_of(log, settings):
             live[FILES[output.topic]] += output.value + b"\n"
         replayed = [(offset, record._replace(src="replay")) for offset, record in read]
@@ -190,7 +190,9 @@ class TestEveryLog:
             for number, records in enumerate((read, replayed)):
                 out = Path(folder, str(number))
                 compute(records, out, settings, close=False)
-                assert {path.name: path.read_bytes() for path in out.iterdir()} == live
+                rollups = {FILES[topic.name] for topic in topics.ROLLUPS.values()}
+                made = {path.name: path.read_bytes() for path in out.iterdir() if path.name not in rollups}
+                assert made == live
 
 
 class TestTheCounterexamples:

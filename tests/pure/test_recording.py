@@ -62,9 +62,9 @@ def bars_of(outputs: dict[str, bytes]) -> list[Bar]:
 def test_every_trade_and_quote_comes_through_and_nothing_else(outputs: dict[str, bytes]) -> None:
     counts = {name: data.count(b"\n") for name, data in outputs.items()}
     assert counts.pop("bars.1m.ndjson") == 12 + PARTITIONS * 11  # bars, and markers on every partition
-    forming = {name: counts.pop(name) for name in list(counts) if name.startswith("bars.") and "vendor" not in name}
-    assert forming.pop("bars.forming.ndjson") > 600  # one for nearly each of 660 s
-    assert not any(forming.values())
+    made = {name: counts.pop(name) for name in list(counts) if name.startswith("bars.") and "vendor" not in name}
+    assert made.pop("bars.forming.ndjson") > 600  # one for nearly each of 660 s
+    assert made == {"bars.5m.ndjson": 3} | {f"bars.{span}.ndjson": 1 for span in ("15m", "30m", "1h", "4h", "1d")}
     assert counts == {
         "trades.ndjson": TRADES,
         "quotes.ndjson": QUOTES,
@@ -81,6 +81,23 @@ def test_the_ten_whole_minutes_are_exactly_the_exchanges_own(outputs: dict[str, 
     official = klines()
     assert len(official) == 10
     assert {start: ours[start] for start in official} == official
+
+
+def test_a_longer_bar_is_what_the_exchanges_own_minutes_make(outputs: dict[str, bytes]) -> None:
+    official = klines()
+    checked = 0
+    for bar in map(decode_bar, outputs["bars.5m.ndjson"].splitlines()):
+        assert isinstance(bar, Bar)
+        minutes = [official[start] for start in range(bar.start, bar.end, MINUTE_NS) if start in official]
+        if len(minutes) == 5:
+            opens, highs, lows, closes, volumes = zip(*minutes, strict=True)
+            whole = (opens[0], max(highs), min(lows), closes[-1], sum(volumes, Decimal(0)))
+            assert (bar.open, bar.high, bar.low, bar.close, bar.volume) == whole
+            assert (bar.flags, bar.quality) == ([], 1)
+            checked += 1
+        else:
+            assert "partial" in bar.flags
+    assert checked >= 1
 
 
 def test_each_bar_counts_the_trades_of_its_minute(outputs: dict[str, bytes]) -> None:
