@@ -372,7 +372,7 @@ gaps = st.builds(
 again = st.builds(Again, st.integers(1, 12), st.integers(1, 6))
 junk = st.builds(Junk, st.sampled_from([b"", b"{}", encode(bar(99 * DAY))]))
 steps = st.one_of(waits, waits, waits, live, live, live, live, repairs, gaps, again, junk)
-scripts = st.one_of(st.lists(steps, max_size=12), st.lists(steps, min_size=25, max_size=80))
+scripts = st.one_of(st.lists(steps, max_size=12), st.lists(steps, min_size=25, max_size=50))
 
 
 def minute_of(step: Minute, minute: int) -> Bar | MinuteEmpty:
