@@ -36,6 +36,7 @@ FOREIGN_EPOCH = -(2**62)  # of dead letters; the pipeline has its own, repairs h
 MOST = 2**48  # any count or number of ours is far below, and the sums of a day stay within 64 bits
 LARGE = Decimal("1e50")  # far above the sums of a minute's accepted numbers
 WIDE = Decimal("1e60")  # far above a day's: what can be added to it exactly can be added up
+TOO_MUCH = WIDE + LARGE
 _QUALITY = Decimal("0.0001")
 _ROLLUPS_NS = {interval: length for interval, length in INTERVALS_NS.items() if interval in topics.ROLLUPS}
 
@@ -282,11 +283,10 @@ def _check(event: Bar | MinuteClosed | MinuteEmpty, latest: int) -> None:
             raise _Unsound(f"{event.status} bar of {event.interval}")
         prices = (event.open, event.high, event.low, event.close)
         numbers = (*prices, event.volume, event.notional, event.buy_volume, event.sell_volume)
-        if not all(ZERO <= number < LARGE for number in numbers) or not event.volume:
+        if not (min(numbers) >= ZERO and event.volume and reduce(EXACT.add, numbers, WIDE) < TOO_MUCH):
             raise _Unsound("a number out of bounds")
-        reduce(EXACT.add, numbers, WIDE)
-        counts = (event.repair, event.revision, event.trade_count)
-        if not all(0 <= count < MOST for count in counts) or not 0 <= event.missing_ns <= MINUTE_NS:
+        counts = (event.repair, event.revision, event.trade_count, event.missing_ns)
+        if min(counts) < 0 or max(counts) >= MOST or event.missing_ns > MINUTE_NS:
             raise _Unsound("a count out of bounds")
     elif isinstance(event, MinuteEmpty) and not 0 < event.repair < MOST:
         raise _Unsound("not the number of a repair")

@@ -99,11 +99,11 @@ def records_of(
     """(headers, value) of each part of a group of REST's results, each the bytes of one JSON object, in the order of
     time (`order=asc`). A group without results has one part. `minute` and `recv` in ns."""
     parts: list[list[bytes]] = [[]]
-    size = 0
+    size = len(b"[]")
     for result in results:
         if parts[-1] and (len(parts[-1]) == MAX_PART_RESULTS or size + len(result) > MAX_PART_BYTES):
             parts.append([])
-            size = 0
+            size = len(b"[]")
         parts[-1].append(result)
         size += len(result) + 1
     return [

@@ -13,7 +13,6 @@ HOUR_NS = 60 * MINUTE_NS
 FLAGS = {"partial": 1, "gap": 2, "late": 4, "repaired": 8}
 AGGREGATES, EMPTY = 16, 32  # marks beside the flags: made from the vendor's aggregates; without any trade
 FIVE = 5  # minutes: every longer interval is a multiple
-_NOTHING: dict[int, bytes] = {}  # never written to
 
 
 class Row(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -107,18 +106,22 @@ _decode_row = msgspec.msgpack.Decoder(Row).decode
 _decode = msgspec.msgpack.Decoder().decode
 
 
+_NO_ROWS: dict[int, bytes] = {}  # those of all that is packed: never written to
+_NO_FIVES: dict[int, Row | None] = {}
+
+
 class Hour:
     """The newest record of each minute of a symbol's hour.
 
-    While it is worked with, minutes stand apart and encoded, and merged by fives; packed it is one compressed piece and
-    the row of the whole hour. Decimals as objects would take ten times the room.
+    While it is worked with, minutes stand apart, encoded, and merged by fives; packed it is one compressed piece and
+    the row of the whole hour. Decimals as objects would take twenty times the room.
     """
 
     __slots__ = ("_fives", "_packed", "_rows", "_whole")
 
     def __init__(self) -> None:
         self._rows: dict[int, bytes] = {}
-        self._fives: dict[int, bytes] = {}
+        self._fives: dict[int, Row | None] = {}
         self._packed = b""
         self._whole = b""
 
@@ -140,7 +143,7 @@ class Hour:
             return _decode_row(self._whole)
         self._unpack()
         fives = (self._five(five) for five in range(minute // FIVE, (minute + minutes) // FIVE))
-        return merge(_decode_row(five) for five in fives if five)
+        return merge(five for five in fives if five)
 
     def pack(self) -> None:
         """As little memory as it goes, until it is worked with again."""
@@ -148,7 +151,7 @@ class Hour:
             self._whole = _encode(self.part(0, 60))
             rows = [_decode(row) for _, row in sorted(self._rows.items())]
             self._packed = zlib.compress(_encode(list(zip(*rows, strict=True))))  # fields side by side: a fifth smaller
-            self._rows = self._fives = _NOTHING
+            self._rows, self._fives = _NO_ROWS, _NO_FIVES
 
     def rows(self) -> dict[int, Row]:
         """By minute."""
@@ -162,10 +165,8 @@ class Hour:
             self._fives = {}
             self._packed = self._whole = b""
 
-    def _five(self, five: int) -> bytes:
-        merged = self._fives.get(five)
-        if merged is None:
+    def _five(self, five: int) -> Row | None:
+        if five not in self._fives:
             rows = (self._rows.get(minute) for minute in range(five * FIVE, five * FIVE + FIVE))
-            row = merge(_decode_row(row) for row in rows if row)
-            merged = self._fives[five] = b"" if row is None else _encode(row)
-        return merged
+            self._fives[five] = merge(_decode_row(row) for row in rows if row)
+        return self._fives[five]

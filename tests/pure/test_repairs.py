@@ -227,6 +227,20 @@ class TestGroups:
             assert bool(through(parts[1], stage=stage, at_s=waited_s)) == complete
         assert stage.counts["incomplete"] == 1
 
+    def test_a_record_whose_time_is_behind_waits_from_the_time_of_the_one_before_it(self) -> None:
+        parts = group(*(result(n) for n in range(700)))
+        stage = Repairs(1, "f0")
+        through(*group(result(1), number=9), stage=stage, at_s=1_000)
+        through(parts[0], stage=stage, at_s=500)
+        assert through(parts[1], stage=stage, at_s=1_200) != []
+
+    def test_a_part_that_comes_again_does_not_wait_for_longer(self) -> None:
+        parts = group(*(result(n) for n in range(700)))
+        stage = Repairs(1, "f0")
+        through(parts[0], stage=stage)
+        through(parts[0], stage=stage, at_s=300)
+        assert through(parts[1], stage=stage, at_s=601) == []
+
     def test_a_part_that_comes_again_changes_nothing(self) -> None:
         parts = group(*(result(n) for n in range(700)))
         stage = Repairs(1, "f0")
@@ -245,6 +259,9 @@ class TestGroups:
         assert all(len(value) <= MAX_PART_BYTES for _, value in parts)
         assert [repair_of(headers)[0].part for headers, _ in parts] == [0, 1, 2]
         assert b"".join(value[1:-1] + b"," for _, value in parts) == b"".join(one + b"," for one in long)
+        for spare, count in ((0, 1), (1, 2)):
+            full = [b"1" * (MAX_PART_BYTES // 2), b"1" * (MAX_PART_BYTES // 2 - len(b"[,]") + spare)]
+            assert len(records_of(5, "BTC-USD", T0, "trades", full, RECV)) == count
         (huge,) = records_of(5, "BTC-USD", T0, "trades", [b'"%s"' % (b"x" * MAX_PART_BYTES)], RECV)
         assert len(huge[1]) > MAX_PART_BYTES
 

@@ -308,9 +308,10 @@ class TestWhenItComes:
 
 
 class Wait(NamedTuple):
-    """Minutes go by and a marker comes, with what was missed."""
+    """Minutes go by and a marker comes, with what was missed; or not yet, for bars come before it."""
 
     minutes: int
+    marker: bool = True
 
 
 class Minute(NamedTuple):
@@ -346,7 +347,11 @@ class Junk(NamedTuple):
 
 Step = Wait | Minute | Gap | Again | Junk
 
-waits = st.builds(Wait, st.sampled_from([0, 1, 1, 1, 2, 5, 13, 60, 5 * HOUR, 26 * HOUR, 5 * DAY]))
+waits = st.builds(
+    Wait,
+    st.sampled_from([0, 1, 1, 1, 2, 5, 13, 60, 5 * HOUR, 26 * HOUR, 5 * DAY]),
+    st.sampled_from([True, True, False]),
+)
 BACK = (0, 0, 0, 0, 1, 2, 4, 6, 14, 59, 61, 4 * HOUR, DAY, 2 * DAY, 3 * DAY, 3 * DAY + 61, 4 * DAY, 6 * DAY)
 live = st.builds(Minute, st.sampled_from(BACK), st.sampled_from(PAIRS), st.just(0), st.integers(0, 3), st.just(0))
 repairs = st.builds(
@@ -367,7 +372,7 @@ gaps = st.builds(
 again = st.builds(Again, st.integers(1, 12), st.integers(1, 6))
 junk = st.builds(Junk, st.sampled_from([b"", b"{}", encode(bar(99 * DAY))]))
 steps = st.one_of(waits, waits, waits, live, live, live, live, repairs, gaps, again, junk)
-scripts = st.one_of(st.lists(steps, max_size=12), st.lists(steps, min_size=25, max_size=80))
+scripts = st.one_of(st.lists(steps, max_size=12), st.lists(steps, min_size=25, max_size=50))
 
 
 def minute_of(step: Minute, minute: int) -> Bar | MinuteEmpty:
@@ -401,8 +406,10 @@ def log_of(script: Iterable[Step]) -> list[BarRecord]:
     now, gaps, log = 6 * HOUR + 15, [missed(None, 6 * HOUR + 15, reason="start")], []
     for step in script:
         match step:
-            case Wait(minutes):
+            case Wait(minutes, marker):
                 now += minutes
+                if not marker:
+                    continue
                 log.append(record(MinuteClosed(1, T0 + now * MINUTE_NS, gaps, "f0"), now))
                 gaps = []
             case Minute(back, _, _, _, ahead):
@@ -455,6 +462,7 @@ class TestEveryLog:
 
     @given(scripts)
     @example([Minute(0, "BTC-USD", 0, 0), Wait(26 * HOUR), Minute(DAY + 30, "BTC-USD", 1, 0), Wait(5 * DAY), Wait(1)])
+    @example([Minute(0, "BTC-USD", 0, 0), Wait(1), Wait(5 * DAY, False), Minute(5 * DAY, "BTC-USD", 0, 0), Wait(0)])
     def test_a_rebuild_at_any_offset_has_the_whole_state_of_one_pass(self, script: list[Step]) -> None:
         assert_rebuilds(log_of(script))
 
