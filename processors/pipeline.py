@@ -10,6 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from processors.operators import normalize
+from processors.operators.anomalies import Anomalies
 from processors.operators.bars import Bars
 from processors.operators.repeats import Repeats
 from processors.operators.resend import ResendFilter
@@ -26,7 +27,7 @@ from schemas.events import (
     Quarantined,
     encode,
 )
-from schemas.raw import RawRecord, decode_gap_value, text_of
+from schemas.raw import RawRecord, decode_gap_value, decode_tick_value, text_of
 
 RUN_IN_RECORDS = 1_000  # more than a producer ever has in flight on a partition
 
@@ -53,15 +54,17 @@ class Pipeline:
         self._filter = ResendFilter(run_in)
         self._repeats = Repeats(settings.lateness_ns)
         self._bars = Bars(settings.lateness_ns, settings.grace_ns, self._fingerprint)
+        self._anomalies = Anomalies(partition, settings.detectors, self._fingerprint)
         self._tick: int | None = None
         self._out: list[Output] = []
         self._at_ms = 0
 
     @property
     def memory_ns(self) -> int:
-        """How far before a record a rebuild must start: the sum of the operators' memories, 10 s allowed
-        ahead and 1 s between ticks."""
-        memories = self._filter.memory_ns + self._repeats.memory_ns + self._bars.memory_ns
+        """How far before a record a rebuild must start: the largest sum of the operators' memories along any path,
+        10 s allowed ahead and 1 s between ticks."""
+        last = max(self._bars.memory_ns + self._anomalies.bars_memory_ns, self._anomalies.memory_ns)
+        memories = self._filter.memory_ns + self._repeats.memory_ns + last
         return memories + self._settings.ahead_ns + NS_PER_S
 
     @property
@@ -93,7 +96,7 @@ class Pipeline:
             case "slice":
                 self._slice(record)
             case "tick":
-                self._advance(at)
+                self._advance(at, _fresh(record.value))
             case "gap":
                 self._gap(record, at)
             case "bad":
@@ -139,6 +142,8 @@ class Pipeline:
                 else:
                     self._vendor_bar(message, record, index, recvs[index], n)
             except normalize.CannotNormalize as error:
+                if not isinstance(message, str):
+                    self._anomalies.note("impossible", None, self._tick or 0, str(error), record.epoch, n)
                 parts = parts or wire.split_array(record.value)
                 self._dead(bytes(parts[index]), str(error), recvs[index], record.epoch, n)
 
@@ -154,11 +159,18 @@ class Pipeline:
             flags.append("too_late")
         elif self._repeats.seen(message, trade.symbol, ts):
             self.counts["duplicate"] += 1
+            detail = f"{trade.trade_id} of exchange {trade.exchange}"
+            self._anomalies.note("duplicate", trade.symbol, ts, detail, record.epoch, n)
             return
         else:
             if self._bars.closed(ts - ts % MINUTE_NS, tick):
                 flags.append("late")
             self._bars.add(trade, tick)
+        if flags:
+            self._anomalies.note(
+                "late", trade.symbol, ts, f"{flags[0]}, {(tick - ts) / NS_PER_S:.3f} s", record.epoch, n
+            )
+        self._anomalies.trade(trade.symbol, ts, float(trade.price), float(trade.size), trade.exchange, record.epoch, n)
         self._emit(topics.TRADES, trade.symbol, encode(trade))
 
     def _quote(self, message: wire.XQ, record: RawRecord, index: int, recv: int, n: int) -> None:
@@ -166,6 +178,15 @@ class Pipeline:
         if quote.ts_event > (self._tick or 0) + self._settings.ahead_ns:
             self._quarantine(quote.symbol, quote.ts_event, recv, record, index, n)
             return
+        self._anomalies.quote(
+            quote.symbol,
+            quote.ts_event,
+            float(quote.bid_price),
+            float(quote.ask_price),
+            quote.exchange,
+            record.epoch,
+            n,
+        )
         self._emit(topics.QUOTES, quote.symbol, encode(quote))
 
     def _vendor_bar(self, message: wire.XA | wire.XAS, record: RawRecord, index: int, recv: int, n: int) -> None:
@@ -173,6 +194,7 @@ class Pipeline:
         if bar.start > (self._tick or 0) + self._settings.ahead_ns:
             self._quarantine(bar.symbol, bar.start, recv, record, index, n)
             return
+        self._anomalies.vendor_bar(bar)
         self._emit(topics.VENDOR_BARS, bar.symbol, encode(bar))
 
     # -- time --------------------------------------------------------------------------------------
@@ -188,18 +210,22 @@ class Pipeline:
         to = at if gap.to is None else min(gap.to, at)
         since = None if gap.from_ is None else min(gap.from_, to)
         self._note(Gap(since, to, gap.streams, gap.pairs, gap.reason, record.epoch, self.partition, record.n))
-        self._advance(at)
+        self._advance(at, None)
 
     def _note(self, gap: Gap) -> None:
         self._bars.gap(gap, self._tick or 0)
+        self._anomalies.gap(gap, self._tick or 0)
         self._emit(topics.GAPS, None, encode(gap))
 
-    def _advance(self, tick: int) -> None:
+    def _advance(self, tick: int, fresh: list[str] | None) -> None:
         before = self._tick or 0
         if tick < before:
             return
-        for bar in self._bars.tick(before, tick):
+        bars = self._bars.tick(before, tick)
+        for bar in bars:
             self._emit(topics.BARS_1M, bar.symbol, encode(bar))
+        for anomaly in self._anomalies.tick(before, tick, fresh, bars):
+            self._emit(topics.ANOMALIES, anomaly.symbol, encode(anomaly))
         closed, was = (t - self._settings.grace_ns for t in (tick, before))
         if closed // MINUTE_NS > was // MINUTE_NS:
             end = closed - closed % MINUTE_NS
@@ -230,12 +256,27 @@ class Pipeline:
         self.counts["quarantined"] += 1
         data = bytes(wire.split_array(record.value)[index])
         ahead = ts - (self._tick or 0)
+        self._anomalies.note("quarantined", symbol, ts, f"{ahead / NS_PER_S:.3f} s ahead", record.epoch, n)
         event = Quarantined(symbol, ts, recv, ahead, *text_of(data), record.epoch, self.partition, n)
         self._emit(topics.QUARANTINE, symbol, encode(event))
 
     def state(self) -> object:
         """Everything that later outputs depend on, comparable."""
-        return (self._filter.state(), self._tick, self._repeats.state(), self._bars.state())
+        return (
+            self._filter.state(),
+            self._tick,
+            self._repeats.state(),
+            self._bars.state(),
+            self._anomalies.state(self._tick or 0),
+        )
+
+
+def _fresh(value: bytes) -> list[str] | None:
+    """The streams that a tick calls fresh; None where it is no tick of ours."""
+    try:
+        return decode_tick_value(value).fresh
+    except wire.DECODE_ERRORS:
+        return None
 
 
 def _message(part: msgspec.Raw) -> wire.Message | str:

@@ -4,6 +4,7 @@ import hashlib
 
 import msgspec
 
+from processors.detectors.registry import Thresholds, thresholds
 from schemas.events import MINUTE_NS, NS_PER_S
 
 VERSION = "2"
@@ -11,11 +12,13 @@ VERSION = "2"
 
 class PipelineSettings(msgspec.Struct, frozen=True):
     """`lateness_ns`: how far behind the last tick a trade may be and still change its bar. `grace_ns`: how
-    long after its end a bar waits for trades. `ahead_ns`: further past the last tick is quarantined."""
+    long after its end a bar waits for trades. `ahead_ns`: further past the last tick is quarantined.
+    `detectors`: the thresholds of each, by kind."""
 
     lateness_ns: int = 15 * MINUTE_NS
     grace_ns: int = 2 * NS_PER_S
     ahead_ns: int = 10 * NS_PER_S
+    detectors: Thresholds = msgspec.field(default_factory=thresholds)
 
     def fingerprint(self) -> str:
         """Eight hex digits that name the pipeline's version and settings; bars and markers carry it."""
