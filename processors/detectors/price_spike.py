@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from math import exp, inf, log, sqrt
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from processors.detectors.base import NORMAL_ABS_P90, Detector, Finding, Onsets,
 from schemas.events import MINUTE_NS, NS_PER_S, Gap
 
 MINUTES = 15  # that the deviation is learned from
-RANGE_NS = 5 * NS_PER_S  # a price that was traded so shortly before is no spike
+RANGE_NS = NS_PER_S  # a price that was traded so shortly before is no spike
 CARRY_NS = 5 * MINUTE_NS  # how old the trades before may be
 LEAST_RETURNS = 30  # fewer tell nothing of a pair
 LATE_NS = 5 * NS_PER_S  # a trade this far behind the last tick says nothing about the price now
@@ -34,9 +35,9 @@ class PriceSpike(Detector):
     """score = |log(price / reference)| / (unit x sqrt(max(1, s since the oldest trade of the reference))).
 
     The reference is the median of the three trades before: one false print moves it nowhere, and a market that really
-    runs takes it along trade by trade, however fast. Half of that distance at least must also lie outside
-    everything traded in the 5 s before: an order that swept the book ends far from the market, and the next trade, back
-    in the market, is no spike.
+    runs takes it along trade by trade, however fast. Half of that distance at least must also lie outside everything
+    traded in the second before: an order that swept the book ends far from the market, and the next trade, back in
+    the market, is no spike.
 
     The unit is the 90th percentile of the absolute log returns between the last trades of the seconds with trades,
     each per sqrt(s), over the 15 whole minutes before; divided by 1.6449 it is the standard deviation of a normal
@@ -87,13 +88,13 @@ class PriceSpike(Detector):
             if returns is None:
                 returns = pair.returns[minute] = array("d")
             returns.append(move)
-        pair.recent = [*before, *((price, at) for price in prices[-3:])][-3:]
+        pair.recent = (before + [(price, at) for price in prices[-3:]])[-3:]
         return findings
 
     def _learn(self, pair: _Pair, minute: int) -> None:
         pair.minute, pair.unit, pair.limit = minute, inf, inf
         pair.returns = {m: returns for m, returns in pair.returns.items() if m >= minute - MINUTES}
-        moves = sorted(move for returns in pair.returns.values() for move in returns)
+        moves = sorted(chain.from_iterable(pair.returns.values()))
         tick = next((move for move in moves if move), None)
         if len(moves) >= LEAST_RETURNS and tick is not None:
             pair.unit = max(percentile_90(moves) / NORMAL_ABS_P90, tick)
@@ -107,28 +108,31 @@ class PriceSpike(Detector):
         ranges: list[tuple[int, float, float]],
         trades: list[TradeSeen],
         at: int,
-    ) -> list[Finding]:
-        worst, found = 0.0, None
-        last = list(before)
+    ) -> Iterable[Finding]:
+        deviations = self.settings.deviations
+        series = [(price, then) for price, then in before] + [(trade[0], at) for trade in trades]
         low = min([price for price, _ in before] + [low for _, low, _ in ranges], default=inf)
         high = max([price for price, _ in before] + [high for _, _, high in ranges], default=0.0)
-        for price, _, ts, epoch, n, _ in trades:
-            if len(last) == 3:
-                reference = sorted(last)[1][0]
+        worst, found = 0.0, -1
+        for place in range(len(before), len(series)):
+            price = series[place][0]
+            if low <= price <= high:
+                continue
+            if place >= 3:
+                last = series[place - 3 : place]
                 apart = sqrt(max(1.0, (at - last[0][1]) / NS_PER_S))
-                score = abs(log(price / reference)) / (unit * apart)
-                if score > worst and log(max(price / high, low / price)) >= score * unit * apart / 2:
-                    worst, found = score, (price, reference, ts, epoch, n)
-                del last[0]
-            last.append((price, at))
+                score = abs(log(price / sorted(last)[1][0])) / (unit * apart)
+                outside = log(max(price / high, low / price)) / (unit * apart)
+                if score > worst and outside >= score / 2:
+                    worst, found = score, place
             low, high = min(low, price), max(high, price)
-        if found is None or worst < self.settings.deviations or not self._onsets.begins(symbol, at):
-            return []
-        price, reference, ts, epoch, n = found
+        if worst < deviations or not self._onsets.begins(symbol, at):
+            return ()
+        price, _, ts, epoch, n, _ = trades[found - len(before)]
+        reference = sorted(series[found - 3 : found])[1][0]
         detail = f"{100 * (price / reference - 1):+.3g} % from the trades before"
-        threshold = self.settings.deviations
         key = str(at // BUCKET_NS * (BUCKET_NS // NS_PER_S))
-        return [Finding(symbol, key, ts, price, reference, worst, threshold, detail, epoch, n)]
+        return [Finding(symbol, key, ts, price, reference, worst, deviations, detail, epoch, n)]
 
     def gap(self, gap: Gap, at: int) -> None:
         if "XT" in gap.streams:

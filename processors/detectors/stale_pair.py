@@ -9,29 +9,30 @@ from processors.detectors.base import Detector, Finding, QuoteSeen, TradeSeen, t
 from schemas.events import MINUTE_NS, NS_PER_S, Gap
 
 MINUTES = 10  # that the longest silence is learned from
-GIVEN_UP_NS = 5 * MINUTE_NS  # who was silent for so long is forgotten, and learned anew
+GIVEN_UP_NS = 5 * MINUTE_NS  # who was silent for so long is learned anew
 LEAST_SILENCES = 20  # between seconds with something in them; fewer tell nothing of a pair
 
 Stream = Literal["XT", "XQ"]
 
 
 class _Flow:
-    __slots__ = ("last", "quote", "silences")
+    __slots__ = ("changed", "quote", "seen", "silences")
 
-    def __init__(self, at: int) -> None:
-        self.last = at
+    def __init__(self) -> None:
+        self.seen = 0  # the last event of any kind
+        self.changed: int | None = None  # the last one with news; None: given up
         self.silences: dict[int, tuple[int, int]] = {}  # by the minute they end in: how many, the longest (ns)
         self.quote: tuple[float, float] | None = None
 
     def heard(self, at: int) -> None:
-        if at > self.last:
+        if self.changed is not None and at > self.changed:
             count, longest = self.silences.get(at // MINUTE_NS, (0, 0))
-            self.silences[at // MINUTE_NS] = count + 1, max(longest, at - self.last)
-            self.last = at
+            self.silences[at // MINUTE_NS] = count + 1, max(longest, at - self.changed)
+        self.changed = at
 
     def longest(self) -> int | None:
         """The longest silence of the minutes before the last sign of life; None where too few are known."""
-        since = self.last // MINUTE_NS - MINUTES
+        since = (self.changed or 0) // MINUTE_NS - MINUTES
         known = [silence for minute, silence in self.silences.items() if minute >= since]
         if sum(count for count, _ in known) < LEAST_SILENCES:
             return None
@@ -65,8 +66,9 @@ class StalePair(Detector):
 
     def quotes(self, symbol: str, quotes: Sequence[QuoteSeen], at: int) -> Iterable[Finding]:
         flow = self._flow(symbol, "XQ", at)
-        for bid, ask, *_ in quotes:
-            if (bid, ask) != flow.quote:
+        known = flow.quote
+        for quote in quotes:
+            if quote[:2] != known:
                 flow.heard(at)
                 flow.quote = quotes[-1][:2]
                 break
@@ -75,7 +77,8 @@ class StalePair(Detector):
     def _flow(self, symbol: str, stream: Stream, at: int) -> _Flow:
         flow = self._flows.get((symbol, stream))
         if flow is None:
-            flow = self._flows[symbol, stream] = _Flow(at)
+            flow = self._flows[symbol, stream] = _Flow()
+        flow.seen = at
         return flow
 
     def gap(self, gap: Gap, at: int) -> None:
@@ -84,25 +87,29 @@ class StalePair(Detector):
                 del self._flows[symbol, stream]
 
     def tick(self, before: int, tick: int, fresh: Sequence[str] | None) -> Iterable[Finding]:
-        least = tick - self._least_ns
+        least, given_up = tick - self._least_ns, tick - GIVEN_UP_NS
         for (symbol, stream), flow in list(self._flows.items()):
-            if flow.last > least:
+            if flow.changed is None or flow.changed > least:
+                if flow.seen <= given_up:
+                    del self._flows[symbol, stream]
                 continue
             longest = flow.longest()
             if longest is not None and (fresh is None or stream in fresh):
                 limit = max(self._least_ns, round(self.settings.times * longest))
-                if before < flow.last + limit <= tick and limit < GIVEN_UP_NS:
-                    yield self._finding(symbol, stream, flow, longest, limit, tick)
-            if flow.last + GIVEN_UP_NS <= tick:
+                if before < flow.changed + limit <= tick and limit < GIVEN_UP_NS:
+                    yield self._finding(symbol, stream, flow.changed, longest, limit, tick)
+            if flow.seen <= given_up:
                 del self._flows[symbol, stream]
+            elif flow.changed <= given_up:
+                flow.changed, flow.silences = None, {}
 
-    def _finding(self, symbol: str, stream: Stream, flow: _Flow, longest: int, limit: int, tick: int) -> Finding:
-        silence = tick - flow.last
+    def _finding(self, symbol: str, stream: Stream, since: int, longest: int, limit: int, tick: int) -> Finding:
+        silence = tick - since
         what = "trade" if stream == "XT" else "other quote"
         return Finding(
             symbol,
-            f"{stream}:{flow.last // NS_PER_S}",
-            flow.last,
+            f"{stream}:{since // NS_PER_S}",
+            since,
             silence / NS_PER_S,
             longest / NS_PER_S,
             silence / longest,
@@ -112,8 +119,8 @@ class StalePair(Detector):
 
     def forget(self, tick: int) -> None:
         for flow in self._flows.values():
-            since = flow.last // MINUTE_NS - MINUTES
+            since = (flow.changed or 0) // MINUTE_NS - MINUTES
             flow.silences = {minute: silence for minute, silence in flow.silences.items() if minute >= since}
 
     def state(self) -> object:
-        return {key: (flow.last, flow.silences, flow.quote) for key, flow in self._flows.items()}
+        return {key: (flow.seen, flow.changed, flow.silences, flow.quote) for key, flow in self._flows.items()}

@@ -39,7 +39,7 @@ class VolumeSpike(Detector):
     memory_ns = (WINDOWS + 2) * WINDOW_NS
 
     class Settings(Detector.Settings, frozen=True):
-        deviations: Annotated[float, msgspec.Meta(gt=0)] = 6.0
+        deviations: Annotated[float, msgspec.Meta(gt=0)] = 4.5
         least_ratio: Annotated[float, msgspec.Meta(ge=1)] = 10.0
 
     def __init__(self, settings: Any) -> None:

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from math import inf
 from typing import Annotated, Any
 
@@ -52,7 +53,7 @@ class WideSpread(Detector):
         if pair.minute != minute:
             pair.minute, pair.usual = minute, inf
             pair.spreads = {m: spreads for m, spreads in pair.spreads.items() if m >= minute - MINUTES}
-            known = sorted(one for spreads in pair.spreads.values() for one in spreads)
+            known = sorted(chain.from_iterable(pair.spreads.values()))
             if len(known) >= LEAST_SPREADS:
                 pair.usual = known[len(known) // 2]
         spreads = pair.spreads.get(minute)
