@@ -19,7 +19,7 @@ from aiokafka.errors import KafkaError
 
 from processors.pipeline import Output, Pipeline
 from processors.rebuild import rebuild
-from processors.settings import PipelineSettings
+from processors.settings import chosen
 from processors.transport import PromptTransport
 from schemas import topics
 from schemas.events import NS_PER_S
@@ -53,7 +53,7 @@ class Processor:
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
         self._settings = shell.settings
-        self._pipeline = PipelineSettings(self._settings.lateness_ns, self._settings.grace_ns)
+        self._pipeline = chosen(self._settings)
         self._publisher = kafka.Publisher(self._settings)
         self._partitions: dict[int, Partition] = {}
         self._outputs: list[kafka.Message] = []

@@ -4,8 +4,10 @@ import hashlib
 
 import msgspec
 
-from processors.detectors.registry import Thresholds, thresholds
+from processors.detectors.registry import Thresholds, WrongThreshold, thresholds
 from schemas.events import MINUTE_NS, NS_PER_S
+from tapedeck.errors import UsageError
+from tapedeck.settings import Settings
 
 VERSION = "2"
 
@@ -24,3 +26,12 @@ class PipelineSettings(msgspec.Struct, frozen=True):
         """Eight hex digits that name the pipeline's version and settings; bars and markers carry it."""
         text = VERSION.encode() + msgspec.json.encode(self)
         return hashlib.blake2b(text, digest_size=4).hexdigest()
+
+
+def chosen(settings: Settings) -> PipelineSettings:
+    """What the operator chose. Raises UsageError for thresholds that there are not."""
+    try:
+        detectors = thresholds(settings.anomalies)
+    except WrongThreshold as error:
+        raise UsageError(f"wrong setting: ANOMALIES: {error}") from None
+    return PipelineSettings(settings.lateness_ns, settings.grace_ns, detectors=detectors)

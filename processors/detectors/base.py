@@ -6,7 +6,7 @@ older, so that a rebuild which starts that far back has the very same state.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import msgspec
 
@@ -19,6 +19,8 @@ TradeSeen = tuple[float, float, int, int, int, QuoteSeen | None]
 
 # Of a normal distribution, the 90th percentile and that of its absolute value, in standard deviations.
 NORMAL_P90, NORMAL_ABS_P90 = 1.2816, 1.6449
+
+Least = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Finding(NamedTuple):
@@ -130,7 +132,7 @@ class Counting(Detector):
     verb: ClassVar[str]
 
     class Settings(Detector.Settings, frozen=True):
-        least: int = 1
+        least: Least = 1
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from processors.detectors.base import Counting, Finding, Note, QuoteSeen, TradeSeen
+from processors.detectors.base import Counting, Finding, Least, Note, QuoteSeen, TradeSeen
 from schemas.events import MINUTE_NS, NS_PER_S
 
 SLACK_NS = NS_PER_S  # exchanges overtake each other by less
@@ -20,7 +20,7 @@ class OutOfOrder(Counting):
     verb = "events came after one more than 1 s newer"
 
     class Settings(Counting.Settings, frozen=True):
-        least: int = 20
+        least: Least = 20
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
@@ -66,7 +66,7 @@ class LateData(Counting):
     verb = "trades of closed minutes"
 
     class Settings(Counting.Settings, frozen=True):
-        least: int = 20
+        least: Least = 20
 
 
 class Duplicate(Counting):

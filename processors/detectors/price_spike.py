@@ -20,10 +20,11 @@ BUCKET_NS = 5 * NS_PER_S
 
 
 class _Pair:
-    __slots__ = ("limit", "minute", "ranges", "recent", "returns", "unit")
+    __slots__ = ("level", "limit", "minute", "ranges", "recent", "returns", "unit")
 
     def __init__(self) -> None:
         self.recent: list[tuple[float, int]] = []  # the newest three trades: price, tick
+        self.level: tuple[float, int] | None = None  # the median of those three, tick
         self.ranges: list[tuple[int, float, float]] = []  # tick, lowest and highest price after it
         self.returns: dict[int, array[float]] = {}  # by minute: per sqrt(s), absolute, log
         self.minute = 0  # that unit and limit are for
@@ -39,10 +40,10 @@ class PriceSpike(Detector):
     traded in the second before: an order that swept the book ends far from the market, and the next trade, back in
     the market, is no spike.
 
-    The unit is the 90th percentile of the absolute log returns between the last trades of the seconds with trades,
-    each per sqrt(s), over the 15 whole minutes before; divided by 1.6449 it is the standard deviation of a normal
-    distribution. Not the median (MAD): where most seconds move by a tick or not at all that measures the tick. It is
-    at least the smallest move there was: one tick is no spike.
+    The unit is the 90th percentile of the absolute log returns from reference to reference, as each second with trades
+    leaves it, per sqrt(s), over the 15 whole minutes before; divided by 1.6449 it is the standard deviation of a
+    normal distribution. Not the median (MAD): where most seconds move by a tick or not at all that measures the tick.
+    It is at least the smallest move there was: one tick is no spike.
     """
 
     kind = "price_spike"
@@ -81,14 +82,16 @@ class PriceSpike(Detector):
         findings: Iterable[Finding] = ()
         if highest > lowest * pair.limit:
             findings = self._judge(symbol, pair.unit, before, ranges, [t for t in trades if t[2] >= floor], at)
-        if before:
-            price, then = before[-1]
-            move = abs(log(prices[-1] / price)) / sqrt(max(1.0, (at - then) / NS_PER_S))
-            returns = pair.returns.get(minute)
-            if returns is None:
-                returns = pair.returns[minute] = array("d")
-            returns.append(move)
-        pair.recent = (before + [(price, at) for price in prices[-3:]])[-3:]
+        pair.recent = recent = (before + [(price, at) for price in prices[-3:]])[-3:]
+        if len(recent) == 3:
+            level = sorted(recent)[1][0]
+            if pair.level is not None and pair.level[1] >= at - CARRY_NS:
+                was, then = pair.level
+                returns = pair.returns.get(minute)
+                if returns is None:
+                    returns = pair.returns[minute] = array("d")
+                returns.append(abs(log(level / was)) / sqrt(max(1.0, (at - then) / NS_PER_S)))
+            pair.level = (level, at)
         return findings
 
     def _learn(self, pair: _Pair, minute: int) -> None:
@@ -138,7 +141,7 @@ class PriceSpike(Detector):
         if "XT" in gap.streams:
             for symbol, pair in self._pairs.items():
                 if touches(gap, symbol):
-                    pair.recent, pair.ranges = [], []
+                    pair.recent, pair.ranges, pair.level = [], [], None
 
     def forget(self, tick: int) -> None:
         self._onsets.forget(tick)
@@ -147,8 +150,10 @@ class PriceSpike(Detector):
             pair.returns = {minute: returns for minute, returns in pair.returns.items() if minute >= oldest}
             pair.recent = [one for one in pair.recent if one[1] >= tick - CARRY_NS]
             pair.ranges = [one for one in pair.ranges if one[0] >= tick - RANGE_NS]
+            if pair.level is not None and pair.level[1] < tick - CARRY_NS:
+                pair.level = None
             if not pair.returns and not pair.recent:
                 del self._pairs[symbol]
 
     def state(self) -> object:
-        return ({s: (p.recent, p.ranges, p.returns) for s, p in self._pairs.items()}, self._onsets.state())
+        return ({s: (p.recent, p.ranges, p.level, p.returns) for s, p in self._pairs.items()}, self._onsets.state())

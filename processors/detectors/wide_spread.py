@@ -25,9 +25,9 @@ class _Pair:
 
 
 class WideSpread(Detector):
-    """score = spread / usual. The spread is the narrowest of the quotes since the last tick, in bps of the middle: one
-    exchange, or one moment between two levels, is none of it. The usual is the median over the 15 whole minutes
-    before. It must be `least_bps` as well, for ten times one tick may be nothing."""
+    """score = spread / usual. The spread is the narrowest of the quotes since the last tick, in bps of the last middle:
+    one exchange, or one moment between two levels, is none of it. The usual is the median over the 15 whole
+    minutes before. It must be `least_bps` as well, for ten times one tick may be nothing."""
 
     kind = "wide_spread"
     severity = "warning"
@@ -43,9 +43,11 @@ class WideSpread(Detector):
         self._onsets = Onsets(MINUTE_NS)
 
     def quotes(self, symbol: str, quotes: Sequence[QuoteSeen], at: int) -> Iterable[Finding]:
-        spread = 20_000 * min([(q[1] - q[0]) / (q[1] + q[0]) if q[1] >= q[0] > 0 else inf for q in quotes])
-        if spread == inf:
+        spreads_now = [quote[1] - quote[0] for quote in quotes if quote[1] >= quote[0] > 0]
+        if not spreads_now:
             return ()
+        bid, ask, ts, epoch, n = quotes[-1]
+        spread = 20_000 * min(spreads_now) / (bid + ask)
         pair = self._pairs.get(symbol)
         if pair is None:
             pair = self._pairs[symbol] = _Pair()
@@ -63,7 +65,6 @@ class WideSpread(Detector):
         limit = max(self.settings.least_bps, self.settings.times * pair.usual)
         if spread < limit or not self._onsets.begins(symbol, at):
             return ()
-        _, _, ts, epoch, n = quotes[-1]
         score = spread / pair.usual if pair.usual else None
         detail = f"no quote since the last tick is narrower than {spread:.4g} bps; usual are {pair.usual:.4g}"
         key = str(minute * 60)
