@@ -36,7 +36,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     ImpossibleValue,
 )
 
-Thresholds = dict[str, Detector.Settings]
+Thresholds = tuple[tuple[str, Detector.Settings], ...]  # by kind
 
 
 class WrongThreshold(ValueError):
@@ -50,11 +50,11 @@ def thresholds(chosen: Mapping[str, Mapping[str, Any]] | None = None) -> Thresho
     for kind in chosen:
         if kind not in kinds:
             raise WrongThreshold(f"there is no detector {kind!r}; there are {', '.join(kinds)}")
-    found: Thresholds = {}
+    found: dict[str, Detector.Settings] = {}
     for kind, settings in kinds.items():
         try:
             found[kind] = msgspec.convert(dict(chosen.get(kind, {})), settings)
         except msgspec.ValidationError as error:
             names = ", ".join(settings.__struct_fields__) or "none"
             raise WrongThreshold(f"{kind}: {error} (its thresholds: {names})") from None
-    return found
+    return tuple(found.items())

@@ -34,7 +34,7 @@ class Anomalies:
     def __init__(self, partition: int, thresholds: Thresholds, fingerprint: str) -> None:
         self._partition = partition
         self._fingerprint = fingerprint
-        self._detectors = [detector(thresholds[detector.kind]) for detector in DETECTORS]
+        self._detectors = [detector(dict(thresholds)[detector.kind]) for detector in DETECTORS]
         self._pairs: dict[str, _Pair] = {}
         self._notes: list[Note] = []
         self._vendor_bars: list[VendorBar] = []

@@ -598,7 +598,7 @@ class TestThresholds:
     def test_they_are_settings_and_part_of_the_fingerprint(self) -> None:
         chosen = PipelineSettings(detectors=thresholds({"price_spike": {"deviations": 8}}))
         assert chosen.fingerprint() != PipelineSettings().fingerprint()
-        assert chosen.detectors["price_spike"].deviations == 8  # type: ignore[attr-defined]
+        assert dict(chosen.detectors)["price_spike"].deviations == 8  # type: ignore[attr-defined]
 
     @pytest.mark.parametrize(("chosen", "said"), [
         ({"price_spke": {}}, "there is no detector 'price_spke'; there are price_spike,"),
