@@ -229,6 +229,8 @@ class TestPriceSpike:
         """It is noted without a tick of its own."""
         tape = Tape()
         tape.market(200)
+        for _ in range(5):
+            tape.trade(60_000.0)
         tape.ops.append(Op(tape.clock, "gap", (Gap(tape.clock, tape.clock, STREAMS, ["*"], "hole", 2, 3, 0),)))
         for _ in range(5):
             tape.trade(70_000.0)
