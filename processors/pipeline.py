@@ -10,6 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from processors.operators import normalize
+from processors.operators.anomalies import Anomalies
 from processors.operators.bars import Bars
 from processors.operators.repeats import Repeats
 from processors.operators.resend import ResendFilter
@@ -27,7 +28,7 @@ from schemas.events import (
     encode,
     encode_ready,
 )
-from schemas.raw import Foreign, RawRecord, decode_gap_value, text_of
+from schemas.raw import Foreign, RawRecord, decode_gap_value, decode_tick_value, text_of
 
 NO_HEADERS: list[tuple[str, bytes]] = []
 FOREIGN_EPOCH = -(2**62) - 2  # of dead letters that no producer of ours wrote; those of the other stages are above
@@ -72,6 +73,10 @@ class Pipeline:
         self._filter = ResendFilter(run_in)
         self._repeats = Repeats(settings.lateness_ns)
         self._bars = Bars(settings.lateness_ns, settings.grace_ns, self._fingerprint)
+        self._anomalies = Anomalies(partition, settings.detectors, self._fingerprint)
+        self._fills_trades = settings.fills(topics.TRADES)
+        self._fills_quotes = settings.fills(topics.QUOTES)
+        self._judges = settings.fills(topics.ANOMALIES)
         self._lost, self._lost_since = lost, lost_since
         self._tick: int | None = None
         self._out: list[Output] = []
@@ -79,9 +84,10 @@ class Pipeline:
 
     @property
     def memory_ns(self) -> int:
-        """How far before a record a rebuild must start: the sum of the operators' memories, 10 s allowed
-        ahead and 1 s between ticks."""
-        memories = self._filter.memory_ns + self._repeats.memory_ns + self._bars.memory_ns
+        """How far before a record a rebuild must start: the largest sum of the operators' memories along any path,
+        10 s allowed ahead and 1 s between ticks."""
+        last = max(self._bars.memory_ns + self._anomalies.bars_memory_ns, self._anomalies.memory_ns)
+        memories = self._filter.memory_ns + self._repeats.memory_ns + last
         return memories + self._settings.ahead_ns + NS_PER_S
 
     @property
@@ -118,7 +124,7 @@ class Pipeline:
             case "slice":
                 self._slice(record)
             case "tick":
-                self._advance(at)
+                self._advance(at, _fresh(record.value))
             case "gap":
                 self._gap(record, at)
             case "bad":
@@ -163,35 +169,50 @@ class Pipeline:
                 if isinstance(error, TooFarAhead):
                     self._quarantine(error, data, recv, record.epoch, n)
                 else:
+                    if not isinstance(message, str):
+                        self._anomalies.note("impossible", None, self._tick or 0, str(error), record.epoch, n)
                     self._dead(data, str(error), recv, record.epoch, n)
             n += 1
 
     def _trade(self, message: wire.XT, epoch: int, recv: int, n: int) -> None:
         trade, price, size = normalize.trade(message, recv, normalize.NO_FLAGS, epoch, self.partition, n)
-        ts, tick = trade.ts_event, self._tick or 0
+        symbol, ts, exchange, tick = trade.symbol, trade.ts_event, trade.exchange, self._tick or 0
         if ts > tick + self._settings.ahead_ns:
-            raise TooFarAhead(trade.symbol, ts)
+            raise TooFarAhead(symbol, ts)
+        flag = ""
         if ts < tick - self._settings.lateness_ns:
-            trade = msgspec.structs.replace(trade, flags=["too_late"])
-        elif self._repeats.seen(trade.symbol, trade.exchange, trade.trade_id, ts):
+            flag = "too_late"
+        elif self._repeats.seen(symbol, exchange, trade.trade_id, ts):
             self.counts["duplicate"] += 1
+            self._anomalies.note("duplicate", symbol, ts, f"{trade.trade_id} of exchange {exchange}", epoch, n)
             return
         else:
             if self._bars.closed(ts - ts % MINUTE_NS, tick):
-                trade = msgspec.structs.replace(trade, flags=["late"])
+                flag = "late"
             self._bars.add(trade, price.exact, size.exact, tick)
-        self._emit(topics.TRADES, trade.symbol, encode_ready(trade))
+        if flag:
+            trade = msgspec.structs.replace(trade, flags=[flag])
+            self._anomalies.note("late", symbol, ts, f"{flag}, {(tick - ts) / NS_PER_S:.3f} s", epoch, n)
+        if self._judges:
+            self._anomalies.trade(symbol, ts, price.approx, size.approx, exchange, epoch, n)
+        if self._fills_trades:
+            self._emit(topics.TRADES, symbol, encode_ready(trade))
 
     def _quote(self, message: wire.XQ, epoch: int, recv: int, n: int) -> None:
-        quote, _bid, _ask = normalize.quote(message, recv, epoch, self.partition, n)
-        if quote.ts_event > (self._tick or 0) + self._settings.ahead_ns:
-            raise TooFarAhead(quote.symbol, quote.ts_event)
-        self._emit(topics.QUOTES, quote.symbol, encode_ready(quote))
+        quote, bid, ask = normalize.quote(message, recv, epoch, self.partition, n)
+        symbol, ts = quote.symbol, quote.ts_event
+        if ts > (self._tick or 0) + self._settings.ahead_ns:
+            raise TooFarAhead(symbol, ts)
+        if self._judges:
+            self._anomalies.quote(symbol, ts, bid.approx, ask.approx, quote.exchange, epoch, n)
+        if self._fills_quotes:
+            self._emit(topics.QUOTES, symbol, encode_ready(quote))
 
     def _vendor_bar(self, message: wire.XA | wire.XAS, epoch: int, recv: int, n: int) -> None:
         bar = normalize.vendor_bar(message, recv, epoch, self.partition, n)
         if bar.start > (self._tick or 0) + self._settings.ahead_ns:
             raise TooFarAhead(bar.symbol, bar.start)
+        self._anomalies.vendor_bar(bar)
         self._emit(topics.VENDOR_BARS, bar.symbol, encode(bar))
 
     # -- time --------------------------------------------------------------------------------------
@@ -207,7 +228,7 @@ class Pipeline:
         to = at if gap.to is None else min(gap.to, at)
         since = None if gap.from_ is None else min(gap.from_, to)
         self._note(Gap(since, to, gap.streams, gap.pairs, gap.reason, record.epoch, self.partition, record.n))
-        self._advance(at)
+        self._advance(at, None)
 
     def _missed(self, reason: str, since_ms: int | None, at: int, record: RawRecord) -> None:
         """All streams, up to a record that stands in the log."""
@@ -216,9 +237,10 @@ class Pipeline:
 
     def _note(self, gap: Gap) -> None:
         self._bars.gap(gap, self._tick or 0)
+        self._anomalies.gap(gap, self._tick or 0)
         self._emit(topics.GAPS, None, encode(gap))
 
-    def _advance(self, tick: int) -> None:
+    def _advance(self, tick: int, fresh: list[str] | None) -> None:
         before = self._tick or 0
         if tick < before:
             return
@@ -227,6 +249,8 @@ class Pipeline:
             self._emit(topics.BARS_1M, bar.symbol, encode(bar))
         for bar in forming:
             self._emit(topics.FORMING, bar.symbol, encode(bar))
+        for anomaly in self._anomalies.tick(before, tick, fresh, final) if self._judges else ():
+            self._emit(topics.ANOMALIES, anomaly.symbol, encode(anomaly))
         closed, was = (t - self._settings.grace_ns for t in (tick, before))
         if closed // MINUTE_NS > was // MINUTE_NS:
             end = closed - closed % MINUTE_NS
@@ -256,12 +280,29 @@ class Pipeline:
     def _quarantine(self, ahead: TooFarAhead, data: bytes, recv: int, epoch: int, n: int) -> None:
         self.counts["quarantined"] += 1
         ahead_ns = ahead.ts - (self._tick or 0)
+        detail = f"{ahead_ns / NS_PER_S:.3f} s ahead"
+        self._anomalies.note("quarantined", ahead.symbol, ahead.ts, detail, epoch, n)
         event = Quarantined(ahead.symbol, ahead.ts, recv, ahead_ns, *text_of(data), epoch, self.partition, n)
         self._emit(topics.QUARANTINE, ahead.symbol, encode(event))
 
     def state(self) -> object:
         """Everything that later outputs depend on, comparable."""
-        return (self._filter.state(), self._lost, self._tick, self._repeats.state(), self._bars.state())
+        return (
+            self._filter.state(),
+            self._lost,
+            self._tick,
+            self._repeats.state(),
+            self._bars.state(),
+            self._anomalies.state(self._tick or 0),
+        )
+
+
+def _fresh(value: bytes) -> list[str] | None:
+    """The streams that a tick calls fresh; None where it is no tick of ours."""
+    try:
+        return decode_tick_value(value).fresh
+    except wire.DECODE_ERRORS:
+        return None
 
 
 def _message(part: msgspec.Raw) -> wire.Message | str:

@@ -21,7 +21,7 @@ from aiokafka.errors import KafkaError
 from processors import stages
 from processors.pipeline import Output
 from processors.rebuild import rebuild
-from processors.settings import PipelineSettings
+from processors.settings import chosen
 from processors.stages import RAW, Machine, Stage
 from processors.transport import PromptTransport
 from schemas import topics
@@ -60,7 +60,8 @@ class Processor:
         self._shell = shell
         self._app = app
         self._settings = shell.settings
-        self._pipeline = PipelineSettings(self._settings.lateness_ns, self._settings.grace_ns)
+        self._pipeline = chosen(self._settings)
+        self._left_out = {topic.name for topic in topics.ALL if not self._pipeline.fills(topic)}
         self._publisher = kafka.Publisher(self._settings)
         self._partitions: dict[tuple[str, int], Partition] = {}
         self._outputs: Batches = {}
@@ -160,6 +161,8 @@ class Processor:
         outputs = self._run(partition.stage, machine, message)
         partition.next_offset = message.offset + 1
         for output in outputs:
+            if output.topic in self._left_out:
+                continue
             batches = self._vouching if output.vouches else self._outputs
             place = (output.topic, message.partition)
             batch = batches.get(place)

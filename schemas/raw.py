@@ -77,6 +77,7 @@ class NotARawRecord(ValueError):
 
 
 _decode_runs = msgspec.json.Decoder(Runs).decode
+decode_tick_value = msgspec.json.Decoder(TickValue).decode
 decode_gap_value = msgspec.json.Decoder(GapValue).decode
 
 

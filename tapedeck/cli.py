@@ -290,7 +290,7 @@ def compute(out: Path, frames: Path | None, log_file: Path | None, close: bool) 
     Writes trades.ndjson, quotes.ndjson, bars.1m.ndjson, bars.vendor.ndjson and the other outputs.
     """
     from processors.compute import compute as compute_files
-    from processors.settings import PipelineSettings
+    from processors.settings import chosen
     from producers.offline import records_of
     from producers.slicer import SlicerSettings
     from schemas.frames import NotAFramesFile, open_lines, read_frames
@@ -300,7 +300,7 @@ def compute(out: Path, frames: Path | None, log_file: Path | None, close: bool) 
     if (frames is None) == (log_file is None):
         raise click.UsageError("give either --frames or --log")
     settings = _settings()
-    pipeline = PipelineSettings(settings.lateness_ns, settings.grace_ns)
+    pipeline = chosen(settings)
     try:
         if frames is not None:
             slicer = SlicerSettings(linger_ns=settings.linger_ns, usual_ns=settings.usual_ns)

@@ -1,5 +1,6 @@
 """Every setting, from environment variables of the same name or from the file `tapedeck.env`."""
 
+import json
 import ssl
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -66,6 +67,13 @@ class Settings(BaseSettings):
     )
     lateness_s: float = Field(900, ge=120, description="How late a trade may come and still change its bar")
     grace_s: float = Field(2, ge=0, le=30, description="How long after its end a bar waits for trades")
+    anomalies: Annotated[dict[str, dict[str, Any]], NoDecode] = Field(
+        {}, description='Thresholds of detectors (docs/anomalies.md), as JSON: {"price_spike": {"deviations": 8}}'
+    )
+
+    outputs: Annotated[list[str], NoDecode] = Field(
+        [], description="Topics that `tapedeck process` fills, as bars.1m.v1,bars.5m.v1; default: all"
+    )
 
     sink_batch_rows: int = Field(5000, ge=1, description="Rows a sink writes in one transaction, at most")
     sink_batch_ms: float = Field(100, gt=0, description="How long a sink waits for a batch to fill")
@@ -78,10 +86,18 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="What to log")
     log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else JSON")
 
-    @field_validator("symbols", "streams", mode="before")
+    @field_validator("symbols", "streams", "outputs", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("anomalies", mode="before")
+    @classmethod
+    def _parse(cls, value: object) -> object:
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise ValueError(f"not JSON: {error}") from None
 
     @property
     def lateness_ns(self) -> int:

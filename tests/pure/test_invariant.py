@@ -182,7 +182,9 @@ class TestEveryLog:
         ]
         read = [(line.offset, record) for line, record in read_log(lines)]
         assert [record for _, record in read] == log
-        live: dict[str, bytes] = {FILES[stage_one]: b"" for stage_one in FILES.keys() - {t.name for t in topics.ROLLUPS.values()}}
+        live: dict[str, bytes] = {
+            FILES[stage_one]: b"" for stage_one in FILES.keys() - {t.name for t in topics.ROLLUPS.values()}
+        }
         for output in outputs_of(log, settings):
             live[FILES[output.topic]] += output.value + b"\n"
         replayed = [(offset, record._replace(src="replay")) for offset, record in read]
