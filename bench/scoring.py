@@ -87,49 +87,51 @@ def spans_of(log: Mapping[int, list[RawRecord]]) -> dict[int, list[Span]]:
 
 
 def score(record: Path, log: Mapping[int, list[RawRecord]]) -> Score:
-    """Counts every event that was sent up to the log's end, and adds up the gaps."""
+    """Counts every event that was sent up to the log's end, and adds up the gaps. Of copies that are the same to
+    the byte, and not all there, those that were sent in a gap are the absent ones."""
     logged: Counter[bytes] = Counter()
     for records in log.values():
         for one in records:
             if one.kind == "slice":
                 logged.update(item.data for item in split_frame(one.value))
-    total = logged.total()
+    copies = Counter(data for _, data, _ in _sent(record))
+    absent = copies - logged
     spans = spans_of(log)
-    place = {data: 0 for data, count in logged.items() if count == 1}
+    place = {data: 0 for data, count in logged.items() if count == copies[data] == 1}
     end = max((one.timestamp_ms for records in log.values() for one in records), default=0) * NS_PER_MS
-    sent = in_gaps = lost = 0
-    examples: list[str] = []
+    sent = in_gaps = 0
     times: dict[Span, list[int]] = defaultdict(list)
+    outside: dict[bytes, int] = {}
     for clock, data, head in _sent(record):
-        if logged[data] > 0:
-            logged[data] -= 1
-            sent += 1
-            if data in place:
-                place[data] = sent
-            continue
-        if clock > end:
-            continue
+        if absent[data]:
+            if clock > end:
+                absent[data] -= 1
+                continue
+            within = [
+                span
+                for span in spans[partition_of(head.pair)]
+                if head.ev in span.streams and span.since - SLACK_NS <= clock <= span.until + SLACK_NS
+            ]
+            for span in within:
+                times[span].append(clock)
+            if within:
+                absent[data] -= 1
+                in_gaps += 1
+            else:
+                outside[data] = clock
         sent += 1
-        within = [
-            span
-            for span in spans[partition_of(head.pair)]
-            if head.ev in span.streams and span.since - SLACK_NS <= clock <= span.until + SLACK_NS
-        ]
-        for span in within:
-            times[span].append(clock)
-        if within:
-            in_gaps += 1
-        else:
-            lost += 1
-            examples.append(f"{clock} {data[:120].decode()}")
+        if data in place:
+            place[data] = sent
+    lost = +absent
+    examples = [f"{outside[data]} {data[:120].decode()}" for data in lost]
     known = {span for each in spans.values() for span in each if span.since and span.reason != "stop"}
     missed = {span: (min(times[span]), max(times[span])) if span in times else None for span in known}
     return Score(
         sent,
-        total,
         logged.total(),
+        (logged - copies).total(),
         in_gaps,
-        lost,
+        lost.total(),
         examples[:5],
         _disorder(log, place),
         dict(Counter(span.reason for span in known)),

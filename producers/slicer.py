@@ -324,7 +324,7 @@ class Slicer:
     def _idle(self, until: int, now: int) -> None:
         """Moves the clock on by elapsed time, as far as a frame or a pong proves that nothing came meanwhile:
         by itself it would run on while a connection is dead and nobody knows yet, and what was missed then
-        would lie behind the last tick, in no gap."""
+        would lie before the last tick, in no gap."""
         if self.clock.may_idle(until):
             alive_until = self._alive_until()
             if alive_until is not None:

@@ -356,6 +356,18 @@ async def test_a_user_that_may_not_write_any_more_is_told_of_with_what_to_do(
     assert sum(r.events for records in (await raw_log(settings)).values() for r in records if r.kind == "slice") == 2
 
 
+async def test_a_session_that_nobody_watches_any_more_ends_the_producer(
+    settings: Settings, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(service.Slicer, "pong", broken)
+    shell = Shell(settings.model_copy(update={"polygon_ws_url": feed.url}), "produce")
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.wait_for(service.run(shell), 20)
+
+
 def test_thousands_of_failures_in_a_row_are_no_reason_to_fail() -> None:
     rests = [session.jitter(failures, 0.5, 60) for failures in (0, 1, 5_000)]
     assert max(rests[:2]) <= 0.5
