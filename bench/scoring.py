@@ -94,7 +94,8 @@ def score(record: Path, log: Mapping[int, list[RawRecord]]) -> Score:
         for one in records:
             if one.kind == "slice":
                 logged.update(item.data for item in split_frame(one.value))
-    copies = Counter(data for _, data, _ in _sent(record))
+    events = list(_sent(record))  # once, for the feed may be writing on
+    copies = Counter(data for _, data, _ in events)
     absent = copies - logged
     spans = spans_of(log)
     place = {data: 0 for data, count in logged.items() if count == copies[data] == 1}
@@ -102,7 +103,7 @@ def score(record: Path, log: Mapping[int, list[RawRecord]]) -> Score:
     sent = in_gaps = 0
     times: dict[Span, list[int]] = defaultdict(list)
     outside: dict[bytes, int] = {}
-    for clock, data, head in _sent(record):
+    for clock, data, head in events:
         if absent[data]:
             if clock > end:
                 absent[data] -= 1
