@@ -5,7 +5,6 @@ nothing: records in, outputs out, and its whole state is a function of the recor
 """
 
 from collections import Counter
-from typing import NamedTuple
 
 import msgspec
 
@@ -30,12 +29,13 @@ from schemas.events import (
 )
 from schemas.raw import Foreign, RawRecord, decode_gap_value, decode_tick_value, text_of
 
+_TRADES, _QUOTES = topics.TRADES.name, topics.QUOTES.name
 NO_HEADERS: list[tuple[str, bytes]] = []
 FOREIGN_EPOCH = -(2**62) - 2  # of dead letters that no producer of ours wrote; those of the other stages are above
 RUN_IN_RECORDS = 1_000  # more than a producer ever has in flight on a partition
 
 
-class Output(NamedTuple):
+class Output(msgspec.Struct, frozen=True, gc=False):
     """A record for an output topic; it goes to the partition number of the raw record, with its timestamp.
     `vouches`: it must not be sent before everything ahead of it was acknowledged."""
 
@@ -44,7 +44,11 @@ class Output(NamedTuple):
     value: bytes
     timestamp_ms: int
     vouches: bool = False
-    headers: list[tuple[str, bytes]] = NO_HEADERS
+
+    @property
+    def headers(self) -> list[tuple[str, bytes]]:
+        """None: an output is known by its value."""
+        return NO_HEADERS
 
 
 class TooFarAhead(Exception):
@@ -196,7 +200,7 @@ class Pipeline:
         if self._judges:
             self._anomalies.trade(symbol, ts, price.approx, size.approx, exchange, epoch, n)
         if self._fills_trades:
-            self._emit(topics.TRADES, symbol, encode_ready(trade))
+            self._out.append(Output(_TRADES, symbol.encode(), encode_ready(trade), self._at_ms))
 
     def _quote(self, message: wire.XQ, epoch: int, recv: int, n: int) -> None:
         quote, bid, ask = normalize.quote(message, recv, epoch, self.partition, n)
@@ -206,7 +210,7 @@ class Pipeline:
         if self._judges:
             self._anomalies.quote(symbol, ts, bid.approx, ask.approx, quote.exchange, epoch, n)
         if self._fills_quotes:
-            self._emit(topics.QUOTES, symbol, encode_ready(quote))
+            self._out.append(Output(_QUOTES, symbol.encode(), encode_ready(quote), self._at_ms))
 
     def _vendor_bar(self, message: wire.XA | wire.XAS, epoch: int, recv: int, n: int) -> None:
         bar = normalize.vendor_bar(message, recv, epoch, self.partition, n)

@@ -2,7 +2,7 @@
 
 import re
 from decimal import ROUND_HALF_EVEN, Context, Decimal, Inexact, InvalidOperation
-from typing import NamedTuple, cast
+from typing import cast
 
 import msgspec
 
@@ -33,7 +33,7 @@ def plain_json(number: Decimal) -> Decimal:
     return number
 
 
-class Number(NamedTuple):
+class Number(msgspec.Struct, frozen=True, gc=False):
     """An accepted number: exact, as ready-made JSON text in the guise of a Decimal, and as a float to judge by."""
 
     exact: Decimal

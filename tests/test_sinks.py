@@ -123,6 +123,28 @@ def bar(repair: int = 0, revision: int = 0, **changes: Any) -> events.Bar:
     return msgspec.structs.replace(made, **changes)
 
 
+ANOMALY = events.Anomaly(
+    id="a",
+    kind="price_spike",
+    severity="warning",
+    symbol="BTC-USD",
+    ts_event=START_NS,
+    detected=START_NS + 10**9,
+    value=1.5,
+    expected=1e-7,
+    score=9.25,
+    threshold=5.0,
+    detail="far",
+    epoch=1,
+    partition=0,
+    n=7,
+    interval=None,
+    start=None,
+    repair=None,
+    revision=None,
+    fingerprint="f",
+)
+GAP = events.Gap(START_NS, START_NS + 10**9, ["XT", "XQ"], ["*"], "reconnect", 1, 3, 0)
 MARKER = events.MinuteClosed(partition=0, end=START_NS + MINUTE_NS, missed=[], fingerprint="f")
 
 
@@ -182,9 +204,18 @@ def counted(name: str, table: tables.Table) -> float:
 
 def row_of(event: Any) -> dict[str, Any]:
     """What the table must hold; decimals as text, so that 1.50 is not 1.5."""
-    ns = event.ts_event if isinstance(event, events.Trade | events.Quote) else event.start
+    match event:
+        case events.Trade() | events.Quote() | events.Anomaly():
+            ns = event.ts_event
+        case events.Gap():
+            ns = event.to
+        case events.DeadLetter() | events.Quarantined():
+            ns = event.ts_recv
+        case _:
+            ns = event.start
     time = datetime.fromtimestamp(ns // 10**9, UTC) + timedelta(microseconds=ns % 10**9 // 1000)
-    return texts({"time": time, **msgspec.structs.asdict(event)})
+    values = {field.encode_name: getattr(event, field.name) for field in msgspec.structs.fields(event)}
+    return texts({"time": time, **values})
 
 
 def texts(row: dict[str, Any]) -> dict[str, Any]:
@@ -204,6 +235,10 @@ async def test_rows_are_the_events_value_by_value(settings: Settings, publish: P
         ],
         tables.QUOTES: [quote(0), quote(1, bid_size=None, ask_size=None, exchange=None, bid_price=D("1E-18"))],
         tables.VENDOR_BARS: [vendor_bar(0), vendor_bar(1, vwap=D("1.23456789012"))],
+        tables.ANOMALIES: [ANOMALY, msgspec.structs.replace(ANOMALY, id="b", symbol=None, value=None, start=START_NS)],
+        tables.GAPS: [GAP, msgspec.structs.replace(GAP, from_=None, reason="hole", pairs=["BTC-USD"])],
+        tables.DEAD_LETTERS: [events.DeadLetter("no", START_NS, "base64", "/w==", -(2**62), 3, 2**40)],
+        tables.QUARANTINE: [events.Quarantined("BTC-USD", 2**62, START_NS, 2**60, "utf-8", "{}", 1, 3, 0)],
         tables.BARS: [bar(), bar(2, 3, symbol="ETH-USD", flags=["partial", "late"], quality=D("0.9833"))],
     }
     for table, made in sent.items():
@@ -254,6 +289,42 @@ async def test_a_bar_is_replaced_only_by_a_higher_order(
     rows = await stored(db, tables.BARS)
     assert len(rows) == len(arrivals)  # and so no marker
     assert {(row["repair"], row["revision"], row["volume"]) for row in rows} == {(1, 1, D(12))}
+
+
+async def test_every_order_of_a_bar_is_kept_in_the_history_and_longer_bars_stand_beside_them(
+    settings: Settings, publish: Publish, db: asyncpg.Connection
+) -> None:
+    await publish(topics.BARS_1M, 0, [bar(0, 1), bar(0, 0), bar(1, 0), bar(0, 1)])
+    hour = bar(1, 60, interval="1h", end=START_NS + 60 * MINUTE_NS)
+    await publish(topics.ROLLUPS["1h"], 0, [hour])
+    async with sinking(settings, "bars"):
+        await reaches(db, tables.BARS, 5)
+    found = await db.fetch("SELECT interval, repair, revision FROM crypto_aggregates_history ORDER BY 1, 2, 3")
+    assert [tuple(row) for row in found] == [("1h", 1, 60), ("1m", 0, 0), ("1m", 0, 1), ("1m", 1, 0)]
+    found = await db.fetch("SELECT timeframe, close FROM ohlcv ORDER BY 1")
+    assert [tuple(row) for row in found] == [("1h", D(2)), ("1m", D(2))]
+
+
+async def test_what_people_ask_for_most_is_a_function(
+    settings: Settings, publish: Publish, db: asyncpg.Connection
+) -> None:
+    await publish(topics.TRADES, 0, [trade(5, price=D(7)), trade(9, price=D(8)), trade(2, price=D(9))])
+    bars = [bar(start=START_NS + n * MINUTE_NS, close=D(close)) for n, close in enumerate((100, 110, 99))]
+    await publish(topics.BARS_1M, 0, bars)
+    async with sinking(settings):
+        await reaches(db, tables.TRADES, 3)
+        await reaches(db, tables.BARS, 3)
+    (latest,) = await db.fetch("SELECT price, exchange FROM get_latest_price('BTC-USD')")
+    assert tuple(latest) == (D(8), 1)
+    assert await db.fetch("SELECT * FROM get_latest_price('NO-USD')") == []
+    since = tables.timestamp(START_NS)
+    query = "SELECT close, simple_return FROM calculate_returns('BTC-USD', '1m', $1, $2)"
+    found = await db.fetch(query, since, since + timedelta(minutes=3))
+    assert [(row["close"], row["simple_return"] and round(row["simple_return"], 9)) for row in found] == [
+        (D(100), None),
+        (D(110), 0.1),
+        (D(99), -0.1),
+    ]
 
 
 GOOD = events.encode(trade(0))
