@@ -158,7 +158,10 @@ class Processor:
         assert machine is not None
         if message.offset != partition.next_offset:
             raise RuntimeError(f"offset {message.offset} came where {partition.next_offset} was next")
-        outputs = self._run(partition.stage, machine, message)
+        timestamp_ms = round(message.timestamp * 1000)
+        headers = message.headers.items() if isinstance(message.headers, dict) else message.headers
+        read = partition.stage.read
+        outputs = machine.process(read(message.partition, timestamp_ms, headers, message.value, message.offset))
         partition.next_offset = message.offset + 1
         for output in outputs:
             if output.topic in self._left_out:
@@ -174,20 +177,6 @@ class Processor:
         self._filled.set()
         if self._pending > PENDING_OUTPUTS:
             self._roomy.clear()
-        if machine.tick is not None and partition.stage is RAW:
-            metrics.WATERMARK.labels(message.partition).set(machine.tick / NS_PER_S)
-
-    @staticmethod
-    def _run(stage: Stage, machine: Machine, message: Any) -> list[Output]:
-        timestamp_ms = round(message.timestamp * 1000)
-        headers = message.headers.items() if isinstance(message.headers, dict) else message.headers
-        record = stage.read(message.partition, timestamp_ms, headers, message.value, message.offset)
-        outputs = machine.process(record)
-        for name, count in machine.counts.items():
-            kind = metrics.PROCESSED if name in ("take", "resend", "overtook", "zombie") else metrics.PIPELINE
-            kind.labels(name).inc(count)
-        machine.counts.clear()
-        return outputs
 
     async def flush(self) -> None:
         """One round after the other: outputs, then the markers that vouch for them, then acknowledgements."""
@@ -212,8 +201,22 @@ class Processor:
                 for event in events:
                     event.ack()
                 self._moved()
+                self._count()
         except Exception as error:
             self.fail(error)
+
+    def _count(self) -> None:
+        """The metrics, once a round: setting them costs as much as an event."""
+        for (_, number), partition in self._partitions.items():
+            machine = partition.machine
+            if machine is None or partition.rebuilding:
+                continue
+            for name, count in machine.counts.items():
+                kind = metrics.PROCESSED if name in ("take", "resend", "overtook", "zombie") else metrics.PIPELINE
+                kind.labels(name).inc(count)
+            machine.counts.clear()
+            if machine.tick is not None and partition.stage is RAW:
+                metrics.WATERMARK.labels(number).set(machine.tick / NS_PER_S)
 
     def _moved(self) -> None:
         self._moved_at = time.monotonic()
@@ -230,17 +233,19 @@ class Processor:
             self._moved()
 
     async def _lag(self) -> int:
-        """Records of the assigned partitions that are not processed yet; asked of the broker by another client."""
+        """Records of the assigned partitions that are not worked through; asked of the broker by another client."""
         places = {TopicPartition(tp.topic, tp.partition) for tp in self._app.consumer.assignment()}
         if not places:
             return 0
-        reader = await kafka.consumer(self._settings, *places)
+        reader = await kafka.consumer(self._settings, *places, group=self._app.conf.id)
+        lag = 0
         try:
-            ends = await reader.end_offsets(places)
+            begins, ends = await reader.beginning_offsets(places), await reader.end_offsets(places)
+            for place, end in ends.items():
+                lag += max(0, end - max(begins[place], await reader.committed(place) or 0))
         finally:
             await reader.stop()
-        known = {place: self._partitions.get(place) for place in places}
-        return sum(max(0, ends[place] - (p.next_offset if p else 0)) for place, p in known.items())
+        return lag
 
 
 def faust_app(settings: Settings) -> faust.App:

@@ -228,16 +228,18 @@ Spawn = Callable[..., Process]
 
 @pytest.fixture
 def spawn(settings: Settings, tmp_path: Path) -> Iterator[Spawn]:
-    """Starts `tapedeck ARGUMENTS` with the test's settings; others can be given by keyword."""
+    """Starts `tapedeck ARGUMENTS` with the test's settings; others can be given by keyword, and a `patch`: Python to
+    run first."""
     started: list[Process] = []
 
-    def spawn(*arguments: str, **others: Any) -> Process:
+    def spawn(*arguments: str, patch: str = "", **others: Any) -> Process:
+        run = "import runpy, sys; sys.argv[0] = 'tapedeck'; runpy.run_module('tapedeck', run_name='__main__')"
         values = settings.model_copy(update=others)
         environment = {name.upper(): _text(getattr(values, name)) for name in values.model_fields_set}
         log = tmp_path / f"{len(started)}.log"
         with log.open("wb") as file:
             popen = subprocess.Popen(
-                [sys.executable, "-m", "tapedeck", *arguments],
+                [sys.executable, *(["-c", f"{patch}\n{run}"] if patch else ["-m", "tapedeck"]), *arguments],
                 env=os.environ | environment,
                 cwd=tmp_path,  # away from any tapedeck.env
                 stdin=subprocess.DEVNULL,

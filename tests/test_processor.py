@@ -83,9 +83,9 @@ class Line:
         await self._publisher.stop()
         await self._reader.stop()
 
-    def work(self, name: str) -> Process:
+    def work(self, name: str, patch: str = "") -> Process:
         """A worker; one of the same name takes up at once what the one before it had."""
-        self.workers[name] = self._spawn("process", connect_timeout_s=60, worker_id=name)
+        self.workers[name] = self._spawn("process", connect_timeout_s=60, worker_id=name, patch=patch)
         return self.workers[name]
 
     async def send(self, records: Iterable[RawRecord]) -> None:
@@ -271,6 +271,36 @@ async def test_poison_stops_no_partition(line: Line, tmp_path: Path) -> None:
     assert_same(published, computed)
     reasons = [json.loads(value)["reason"] for value in published[topics.DEAD_LETTERS.name]]
     assert sum("not a record of the raw topic" in reason for reason in reasons) == 12
+
+
+STUCK = """
+import asyncio
+from processors import service
+
+async def nothing(self, batches):
+    while sum(map(len, batches.values())) > 200:
+        await asyncio.sleep(1)
+    await publish(self, batches)
+
+service.STALLED_S = 2
+publish = service.kafka.Publisher.publish_batches
+service.kafka.Publisher.publish_batches = nothing
+"""
+
+
+async def test_a_worker_that_does_not_move_though_records_wait_ends_and_an_idle_one_does_not(
+    line: Line, tmp_path: Path
+) -> None:
+    records = market_log(tmp_path, rate=80, seconds=60)
+    worker = line.work("only", patch=STUCK)
+    for first in range(0, 60, 5):
+        await line.send(records[first : first + 5])
+    await line.done(60)
+    await asyncio.sleep(5)
+    assert worker.popen.poll() is None, worker.log.read_text()
+    await line.send(records[60:])
+    assert await asyncio.to_thread(worker.ended, 30) == 1
+    assert "no progress for 2 s though" in worker.log.read_text()
 
 
 async def test_a_log_that_was_overtaken_by_retention_is_a_gap_and_its_bars_are_partial(
