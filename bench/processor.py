@@ -24,6 +24,7 @@ from bench import costs, recovery
 from bench.producer import broker
 from bench.speed import (
     BARS_ONLY,
+    CRC32,
     PEERS_ALL,
     SINGLE,
     CannotBeHad,
@@ -142,7 +143,7 @@ async def speed(stand: Stand, folder: Path, console: Console, scale: Scale, name
                 number += 1
                 run = await ours(stand, folder, f"ours{number}.", tape_input, outputs, paused)
                 speeds.add(name, what, run, paused)
-    sources = {"single": "single", "arrays": "arrays"}
+    sources = {"single": "single", "arrays": "arrays", CRC32: "arrays-crc32"}
     await load_peers(stand, tape, sources)
     slow_sources = {"single": "slow-single"}
     await load_peers(stand, slow, slow_sources)

@@ -158,8 +158,12 @@ class Stand:
         self._reader = AIOKafkaConsumer(bootstrap_servers=self.address, max_partition_fetch_bytes=4 * 2**20)
         await self._reader.start()
 
+    async def _no_reader(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError):  # of a task of its own, which leaks out of it at times
+            await self._reader.stop()
+
     async def stop(self) -> None:
-        await self._reader.stop()
+        await self._no_reader()
         await self._admin.close()
 
     def settings(self, prefix: str, **others: Any) -> Settings:
@@ -177,7 +181,7 @@ class Stand:
     async def drop(self, prefix: str) -> None:
         """Every topic that begins so: the disk is not for keeping them. A reader that knew one would ask for it for
         ever."""
-        await self._reader.stop()
+        await self._no_reader()
         found = [name for name in await self._admin.list_topics() if name.startswith(prefix)]
         if found:
             await self._admin.delete_topics(found)

@@ -7,7 +7,8 @@ minutes more, so that all windows before them close, whatever closes them.
 import bisect
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from decimal import ROUND_HALF_EVEN, Context, Decimal
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from producers.slicer import SlicerSettings
 from schemas.frames import Frame
 from schemas.partition import partition_of
 from schemas.raw import RawRecord
+from schemas.topics import PARTITIONS
 
 BEGIN_MS = 1_763_715_600_000
 MINUTE_MS = 60_000
@@ -123,11 +125,18 @@ class Tape:
             yield Frame(begin + number * per_frame * 1_000_000_000 // rate, b"[" + b",".join(frame) + b"]")
 
 
-def arrays(events: Iterable[Event], size: int) -> Iterator[tuple[int, Event, bytes]]:
+def by_crc32(pair: str) -> int:
+    """The partition of librdkafka's default partitioner, which most clients have that are not Java's."""
+    return zlib.crc32(pair.encode()) % PARTITIONS
+
+
+def arrays(
+    events: Iterable[Event], size: int, place: Callable[[str], int] = partition_of
+) -> Iterator[tuple[int, Event, bytes]]:
     """(partition, last event, value): arrays of up to `size` events of one partition; of 1: the bare event."""
     waiting: dict[int, list[Event]] = {}
     for event in events:
-        partition = partition_of(event.pair)
+        partition = place(event.pair)
         if size == 1:
             yield partition, event, event.data
             continue
