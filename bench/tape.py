@@ -1,7 +1,8 @@
 """The tape that processors are measured with, and what its bars are by the plainest of arithmetic.
 
 Ordered trades (and quotes, where asked for) of some pairs weighted 1/rank, then trades of every pair for two
-minutes more, so that all windows before them close, whatever closes them.
+minutes more, so that all windows before them close, whatever closes them. Numbers come again about as often as they do
+on a record of a real market: prices nearly always, sizes more often than not.
 """
 
 import bisect
@@ -75,7 +76,7 @@ class Tape:
     def events(self) -> Iterator[Event]:
         rng = random.Random(self._seed)
         end_ms = BEGIN_MS + self.minutes * MINUTE_MS
-        prices = {pair: int(10 ** rng.uniform(-1, 4.5) * PRICE_UNITS) for pair in self.pairs}
+        prices = {pair: 10 ** rng.uniform(-1, 4.5) * PRICE_UNITS for pair in self.pairs}
         weights = list(itertools.accumulate(1 / (rank + 1) for rank in range(len(self.pairs))))
         self.bars.clear()
         for number in range(self.total):
@@ -87,8 +88,9 @@ class Tape:
                 round_, rank = divmod(number - self._body, len(self.pairs))
                 pair, quote = self.pairs[rank], False
                 t_ms = end_ms + round_ * CLOSING_STEP_MS + CLOSING_STEP_MS
-            price = prices[pair] = max(100, int(prices[pair] * (1 + rng.gauss(0, 2e-4))))
-            size = int(rng.expovariate(5e-8)) + 100
+            walk = prices[pair] = prices[pair] * (1 + rng.gauss(0, 2e-5))
+            price = max(100, _rounded(walk, 5))
+            size = _size(rng)
             if quote:
                 spread = max(2, price // 5_000)
                 yield Event(pair, t_ms, _quote(pair, price, spread, size, t_ms, rng))
@@ -154,11 +156,22 @@ def _quote(pair: str, price: int, spread: int, size: int, t_ms: int, rng: random
         _text(price - spread // 2, 6),
         _text(size, 8),
         _text(price + spread // 2, 6),
-        _text(int(rng.expovariate(5e-8)) + 100, 8),
+        _text(_size(rng), 8),
         t_ms,
         1 + (rng.random() < 0.5),
         t_ms + 20,
     )
+
+
+def _size(rng: random.Random) -> int:
+    size = int(rng.expovariate(5e-8)) + 100
+    return _rounded(size, 2) if rng.random() < 0.65 else size
+
+
+def _rounded(number: float, digits: int) -> int:
+    """To so many significant digits."""
+    step = 10 ** max(0, len(str(int(number))) - digits)
+    return int(number) // step * step
 
 
 def _text(units: int, digits: int) -> bytes:
