@@ -10,13 +10,14 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import faust
 import faust.streams
 import structlog
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
+from faust.types import TP
 
 from processors import stages
 from processors.pipeline import Output
@@ -41,6 +42,13 @@ STALLED_S = 60.0
 Batches = dict[tuple[str, int], list[Output]]
 
 
+class Piece(NamedTuple):
+    """A record as aiokafka has it; `event` is Faust's for its whole bundle, with the last of them."""
+
+    record: Any
+    event: Any
+
+
 class Partition:
     """A partition of a stage's topic: its state, the next offset, and what waits while it is rebuilt."""
 
@@ -49,7 +57,7 @@ class Partition:
         self.machine: Machine | None = None
         self.next_offset = -1  # of the machine
         self.expected = -1  # of the delivery, which runs ahead while the machine is rebuilt
-        self.waiting: deque[Any] = deque()
+        self.waiting: deque[Piece] = deque()
         self.rebuilding: asyncio.Task[None] | None = None
 
 
@@ -98,37 +106,42 @@ class Processor:
         async def consume(stream: Any) -> None:
             try:
                 async for event in stream.noack().events():
+                    *records, last = event.message.value.records
+                    for record in records:
+                        await self._roomy.wait()
+                        self._take(stage, Piece(record, None))
                     await self._roomy.wait()
-                    self._take(stage, event)
+                    self._take(stage, Piece(last, event))
             except Exception as error:
                 self.fail(error)
                 await asyncio.Event().wait()
 
         return consume
 
-    def _take(self, stage: Stage, event: Any) -> None:
-        message = event.message
-        offset = message.offset
-        partition = self._partitions.get((message.topic, message.partition))
+    def _take(self, stage: Stage, piece: Piece) -> None:
+        record = piece.record
+        offset = record.offset
+        partition = self._partitions.get((record.topic, record.partition))
         if partition is None:
-            partition = self._partitions[message.topic, message.partition] = Partition(stage)
+            partition = self._partitions[record.topic, record.partition] = Partition(stage)
         continues, partition.expected = offset == partition.expected, offset + 1
         if not continues:  # new here, or delivered from elsewhere: what is under way is for nothing
             if partition.rebuilding is not None:
                 partition.rebuilding.cancel()
-            partition.machine, partition.rebuilding, partition.waiting = None, None, deque([event])
+                self._app.consumer.held.discard(TP(record.topic, record.partition))
+            partition.machine, partition.rebuilding, partition.waiting = None, None, deque([piece])
             if offset:
-                partition.rebuilding = asyncio.create_task(self._rebuild(partition, message))
+                partition.rebuilding = asyncio.create_task(self._rebuild(partition, record))
                 return
-            partition.machine = stage.make(message.partition, self._pipeline, 0, False, None)
+            partition.machine = stage.make(record.partition, self._pipeline, 0, False, None)
             partition.next_offset = 0
             self._process(partition, partition.waiting.popleft())
         elif partition.rebuilding is not None:
-            partition.waiting.append(event)
-            if len(partition.waiting) > WAITING_RECORDS:  # again each time, for a rebalance resumes it
-                self._app.consumer.pause_partitions({message.tp})
+            partition.waiting.append(piece)
+            if len(partition.waiting) > WAITING_RECORDS:
+                self._app.consumer.held.add(TP(record.topic, record.partition))
         else:
-            self._process(partition, event)
+            self._process(partition, piece)
 
     async def _rebuild(self, partition: Partition, first: Any) -> None:
         """Brings a partition's state to where its delivery begins, then takes what has waited."""
@@ -145,35 +158,33 @@ class Processor:
                     await asyncio.sleep(0)
                     await self._roomy.wait()
             partition.rebuilding = None
-            self._app.consumer.resume_partitions({first.tp})
+            self._app.consumer.held.discard(TP(*place))
         except Exception as error:
             self.fail(error)
             return
         metrics.REBUILDS.inc()
         metrics.REBUILD_SECONDS.observe(time.perf_counter() - started)
 
-    def _process(self, partition: Partition, event: Any) -> None:
-        message = event.message
-        machine = partition.machine
+    def _process(self, partition: Partition, piece: Piece) -> None:
+        record, machine = piece.record, partition.machine
         assert machine is not None
-        if message.offset != partition.next_offset:
-            raise RuntimeError(f"offset {message.offset} came where {partition.next_offset} was next")
-        timestamp_ms = round(message.timestamp * 1000)
-        headers = message.headers.items() if isinstance(message.headers, dict) else message.headers
+        if record.offset != partition.next_offset:
+            raise RuntimeError(f"offset {record.offset} came where {partition.next_offset} was next")
         read = partition.stage.read
-        outputs = machine.process(read(message.partition, timestamp_ms, headers, message.value, message.offset))
-        partition.next_offset = message.offset + 1
+        outputs = machine.process(read(record.partition, record.timestamp, record.headers, record.value, record.offset))
+        partition.next_offset = record.offset + 1
         for output in outputs:
             if output.topic in self._left_out:
                 continue
             batches = self._vouching if output.vouches else self._outputs
-            place = (output.topic, message.partition)
+            place = (output.topic, record.partition)
             batch = batches.get(place)
             if batch is None:
                 batch = batches[place] = []
             batch.append(output)
         self._pending += len(outputs)
-        self._events.append(event)
+        if piece.event is not None:
+            self._events.append(piece.event)
         self._filled.set()
         if self._pending > PENDING_OUTPUTS:
             self._roomy.clear()
@@ -279,7 +290,7 @@ def faust_app(settings: Settings) -> faust.App:
         broker_session_timeout=10.0,
         broker_heartbeat_interval=2.0,
         broker_commit_interval=0.5,
-        stream_buffer_maxsize=64,
+        stream_buffer_maxsize=16,
         stream_wait_empty=False,
     )
     app.transport = PromptTransport(app.conf.broker_consumer, app)
