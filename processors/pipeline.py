@@ -9,7 +9,7 @@ from collections import Counter
 import msgspec
 
 from processors.operators import normalize
-from processors.operators.anomalies import Anomalies
+from processors.operators.anomalies import Anomalies, Silent
 from processors.operators.bars import Bars
 from processors.operators.repeats import Repeats
 from processors.operators.resend import ResendFilter
@@ -77,10 +77,10 @@ class Pipeline:
         self._filter = ResendFilter(run_in)
         self._repeats = Repeats(settings.lateness_ns)
         self._bars = Bars(settings.lateness_ns, settings.grace_ns, self._fingerprint)
-        self._anomalies = Anomalies(partition, settings.detectors, self._fingerprint)
+        judging = Anomalies if settings.fills(topics.ANOMALIES) else Silent
+        self._anomalies = judging(partition, settings.detectors, self._fingerprint)
         self._fills_trades = settings.fills(topics.TRADES)
         self._fills_quotes = settings.fills(topics.QUOTES)
-        self._judges = settings.fills(topics.ANOMALIES)
         self._lost, self._lost_since = lost, lost_since
         self._tick: int | None = None
         self._out: list[Output] = []
@@ -121,6 +121,7 @@ class Pipeline:
             self._tick = at - at % NS_PER_S
         if self._lost:
             self._lost = False
+            self._bars.nothing_before(self._tick)
             self._missed("log", self._lost_since, at, record)
         elif hole is not None:
             self._missed("hole", hole.since_ms, at, record)
@@ -184,7 +185,7 @@ class Pipeline:
         if ts > tick + self._settings.ahead_ns:
             raise TooFarAhead(symbol, ts)
         flag = ""
-        if ts < tick - self._settings.lateness_ns:
+        if ts < max(tick - self._settings.lateness_ns, self._bars.known_from):
             flag = "too_late"
         elif self._repeats.seen(symbol, exchange, trade.trade_id, ts):
             self.counts["duplicate"] += 1
@@ -197,8 +198,7 @@ class Pipeline:
         if flag:
             trade = msgspec.structs.replace(trade, flags=[flag])
             self._anomalies.note("late", symbol, ts, f"{flag}, {(tick - ts) / NS_PER_S:.3f} s", epoch, n)
-        if self._judges:
-            self._anomalies.trade(symbol, ts, price.approx, size.approx, exchange, epoch, n)
+        self._anomalies.trade(symbol, ts, price.approx, size.approx, exchange, epoch, n)
         if self._fills_trades:
             self._out.append(Output(_TRADES, symbol.encode(), encode_ready(trade), self._at_ms))
 
@@ -207,8 +207,7 @@ class Pipeline:
         symbol, ts = quote.symbol, quote.ts_event
         if ts > (self._tick or 0) + self._settings.ahead_ns:
             raise TooFarAhead(symbol, ts)
-        if self._judges:
-            self._anomalies.quote(symbol, ts, bid.approx, ask.approx, quote.exchange, epoch, n)
+        self._anomalies.quote(symbol, ts, bid.approx, ask.approx, quote.exchange, epoch, n)
         if self._fills_quotes:
             self._out.append(Output(_QUOTES, symbol.encode(), encode_ready(quote), self._at_ms))
 
@@ -253,7 +252,7 @@ class Pipeline:
             self._emit(topics.BARS_1M, bar.symbol, encode(bar))
         for bar in forming:
             self._emit(topics.FORMING, bar.symbol, encode(bar))
-        for anomaly in self._anomalies.tick(before, tick, fresh, final) if self._judges else ():
+        for anomaly in self._anomalies.tick(before, tick, fresh, final):
             self._emit(topics.ANOMALIES, anomaly.symbol, encode(anomaly))
         closed, was = (t - self._settings.grace_ns for t in (tick, before))
         if closed // MINUTE_NS > was // MINUTE_NS:

@@ -8,7 +8,7 @@ after a silence, it all begins again from the time of that one.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -17,7 +17,7 @@ from aiokafka.errors import KafkaError
 from processors.settings import PipelineSettings
 from processors.stages import RAW, Machine, Stage
 from schemas import topics
-from schemas.events import NS_PER_MS
+from schemas.events import NS_PER_MS, MinuteClosed, decode_bar, decode_gap
 from tapedeck import kafka
 from tapedeck.errors import TapedeckError
 from tapedeck.settings import Settings
@@ -39,16 +39,23 @@ class Log(Protocol):
 
 
 async def replay(
-    log: Log, stage: Stage, partition: int, settings: PipelineSettings, offset: int, lost_since: int | None = None
+    log: Log,
+    stage: Stage,
+    partition: int,
+    settings: PipelineSettings,
+    offset: int,
+    lost_since: Callable[[], Awaitable[int | None]] | None = None,
 ) -> Machine:
-    """The stage as it stands before `offset`. Pure but for what the log does. `lost_since`: see Pipeline."""
+    """The stage as it stands before `offset`. Pure but for what the log does. `lost_since` is asked for what Pipeline
+    calls so, where the log begins too late."""
     newest_ms = await log.timestamp_ms(offset - 1) if offset > log.begin else 0
     memory_ms = -(-stage.make(partition, settings, 0, False, None).memory_ns // NS_PER_MS)
     while True:
         found = await log.first_since(max(0, newest_ms - memory_ms))
         first = max(log.begin, min(offset, offset if found is None else found) - stage.run_in)
         lost = 0 < first == log.begin
-        state = stage.make(partition, settings, stage.run_in if first else 0, lost, lost_since)
+        since = await lost_since() if lost and lost_since else None
+        state = stage.make(partition, settings, stage.run_in if first else 0, lost, since)
         async for record in log.records(first, offset):
             state.process(record)
         taken_ms = state.taken_ms or 0
@@ -68,30 +75,47 @@ async def rebuild(
 ) -> Machine:
     """The stage as it stands before `offset`. Gives way between fetches, and says each time that it `moved`. Raises
     TapedeckError."""
-    reader = await kafka.consumer(settings, place)
     try:
-        begin = (await reader.beginning_offsets([place]))[place]
-        lost_since = await _newest_bars(settings, place.partition) if 0 < offset == begin and stage is RAW else None
-        log = _KafkaLog(reader, stage, place, begin, moved)
-        return await replay(log, stage, place.partition, pipeline, offset, lost_since)
+        reader = await kafka.consumer(settings, place)
+        try:
+            begin = (await reader.beginning_offsets([place]))[place]
+            log = _KafkaLog(reader, stage, place, begin, moved)
+
+            async def lost_since() -> int | None:
+                first_ms = await log.timestamp_ms(begin)
+                return await _worked_through(settings, place.partition, first_ms) if stage is RAW else None
+
+            return await replay(log, stage, place.partition, pipeline, offset, lost_since)
+        finally:
+            await reader.stop()
     except KafkaError as error:
         raise TapedeckError(f"the state of {place} cannot be rebuilt: {error}") from error
-    finally:
-        await reader.stop()
 
 
-async def _newest_bars(settings: Settings, partition: int) -> int | None:
-    """The time of the newest record in the bars of a partition, ms: until then the raw log was worked through,
-    when the records after it were deleted before a worker had read them."""
-    place = TopicPartition(settings.topic_prefix + topics.BARS_1M.name, partition)
+async def _worked_through(settings: Settings, partition: int, first_ms: int) -> int | None:
+    """Until when the raw log had been worked through before what came next was deleted, ms; `first_ms` is the time
+    of the first record left. What the gap says, once it is told; else the newest marker; None where there is none."""
+    ending: int | None = None
+    async for record in _newest(settings, topics.GAPS, partition, 1_000):
+        gap = decode_gap(record.value)
+        if gap.reason == "log" and gap.to == first_ms * NS_PER_MS:
+            return None if gap.from_ is None else gap.from_ // NS_PER_MS
+    async for record in _newest(settings, topics.BARS_1M, partition, 10_000):
+        if record.timestamp <= first_ms and isinstance(decode_bar(record.value), MinuteClosed):
+            ending = record.timestamp
+    return ending
+
+
+async def _newest(settings: Settings, topic: topics.Topic, partition: int, count: int) -> AsyncIterator[Any]:
+    """The last records of a partition, in order."""
+    place = TopicPartition(settings.topic_prefix + topic.name, partition)
     reader = await kafka.consumer(settings, place)
     try:
-        end = (await reader.end_offsets([place]))[place]
-        if end == (await reader.beginning_offsets([place]))[place]:
-            return None
-        reader.seek(place, end - 1)
-        timestamp: int = (await reader.getone(place)).timestamp
-        return timestamp
+        begin, end = (await reader.beginning_offsets([place]))[place], (await reader.end_offsets([place]))[place]
+        reader.seek(place, max(begin, end - count))
+        while await reader.position(place) < end:
+            for record in (await reader.getmany(place, timeout_ms=1000)).get(place, ()):
+                yield record
     finally:
         await reader.stop()
 

@@ -6,6 +6,7 @@ from collections import Counter
 from decimal import Decimal
 from typing import NamedTuple
 
+from msgspec import Raw
 from msgspec.structs import replace
 
 from processors.operators import normalize
@@ -36,7 +37,7 @@ class _Group(NamedTuple):
 class _Part(NamedTuple):
     seen: int
     recv: int
-    value: bytes
+    results: list[Raw]
 
 
 class _Priced(NamedTuple):
@@ -86,7 +87,7 @@ class Repairs:
             repair, recv = repair_of(record.headers)
             epoch, n = -repair.number, -1 - repair.part
             group = _Group(repair.number, wire.symbol_of(repair.pair), repair.minute, repair.parts, repair.of)
-            wire.split_array(record.value)
+            results = wire.split_array(record.value)
         except (*wire.DECODE_ERRORS, ValueError) as error:
             self._dead(record.value, str(error), recv, epoch, n)
             return self._out
@@ -94,7 +95,7 @@ class Repairs:
         if group in self._complete or (group, repair.part) in self._parts:
             self.counts["repeat"] += 1
             return []
-        self._parts[group, repair.part] = _Part(self._clock, recv, record.value)
+        self._parts[group, repair.part] = _Part(self._clock, recv, results)
         places = [(group, part) for part in range(group.parts)]
         if all(place in self._parts for place in places):
             self._complete[group] = self._clock
@@ -112,7 +113,7 @@ class Repairs:
             del self._complete[done[0]]
 
     def _repair(self, group: _Group, parts: list[_Part]) -> None:
-        results = [(bytes(data), part.recv) for part in parts for data in wire.split_array(part.value)]
+        results = [(bytes(data), part.recv) for part in parts for data in part.results]
         if not results:
             end = group.minute + MINUTE_NS
             empty = MinuteEmpty(group.symbol, group.minute, end, group.number, self._fingerprint)
@@ -185,6 +186,8 @@ class Repairs:
         _check_minute(bar.start, group)
         if not (bar.volume and bar.vwap and result.n):
             raise CannotNormalize("an aggregate without volume, vwap or trades")
+        if not all(bar.low <= price <= bar.high for price in (bar.open, bar.close, bar.vwap)):
+            raise CannotNormalize("open, close or vwap is outside low and high")
         ohlc = (bar.open, bar.high, bar.low, bar.close)
         return self._repaired(group, ohlc, bar.volume, EXACT.multiply(bar.volume, bar.vwap), result.n, ZERO, ZERO)
 

@@ -101,6 +101,8 @@ class Rollups:
 
     def process(self, record: BarRecord) -> list[Output]:
         """The bars that the next record of the log brings; what is no record of ours becomes a dead letter."""
+        if self._cut:  # by the time of the first record there is, whatever it is
+            self._cut, self._covered = False, record.timestamp_ms * NS_PER_MS + SKEW_NS
         try:
             event = decode_bar(record.value)
             clock = max(self._clock, record.timestamp_ms * NS_PER_MS)
@@ -129,8 +131,6 @@ class Rollups:
 
     def _advance(self, clock: int) -> None:
         """Forgets what is too old to be in a bar that is still emitted."""
-        if self._cut and not self._clock:
-            self._covered = clock + SKEW_NS
         self._clock = clock
         kept = clock - KEPT_NS
         kept -= kept % HOUR_NS

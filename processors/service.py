@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import faust
 import faust.streams
@@ -82,6 +82,12 @@ class Processor:
         self._moved_at = time.monotonic()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    @property
+    def _held(self) -> set[TP]:
+        """The partitions that are not read on for now (transport.py)."""
+        held: set[TP] = cast(Any, self._app.consumer).held
+        return held
+
     def fail(self, error: BaseException) -> None:
         """Ends the process: an exception that merely left the agent would be committed past."""
         if not self.failed.done():
@@ -97,8 +103,15 @@ class Processor:
         await self._publisher.stop()
 
     def assigned(self, *_: Any, **__: Any) -> None:
-        """Faust has its partitions; none is well too, for there may be more workers than partitions."""
+        """Faust has its partitions; none is well too, for there may be more workers than partitions. The state of those
+        that others have now is forgotten."""
         self._shell.health["partitions"] = None
+        places = {(tp.topic, tp.partition) for tp in self._app.consumer.assignment()}
+        for place in self._partitions.keys() - places:
+            partition = self._partitions.pop(place)
+            if partition.rebuilding:
+                partition.rebuilding.cancel()
+                self._held.discard(TP(*place))
 
     def agent(self, stage: Stage) -> Callable[[Any], Awaitable[None]]:
         """Consumes the stage's topic. It never ends by an exception of its own."""
@@ -128,7 +141,7 @@ class Processor:
         if not continues:  # new here, or delivered from elsewhere: what is under way is for nothing
             if partition.rebuilding is not None:
                 partition.rebuilding.cancel()
-                self._app.consumer.held.discard(TP(record.topic, record.partition))
+                self._held.discard(TP(record.topic, record.partition))
             partition.machine, partition.rebuilding, partition.waiting = None, None, deque([piece])
             if offset:
                 partition.rebuilding = asyncio.create_task(self._rebuild(partition, record))
@@ -139,7 +152,7 @@ class Processor:
         elif partition.rebuilding is not None:
             partition.waiting.append(piece)
             if len(partition.waiting) > WAITING_RECORDS:
-                self._app.consumer.held.add(TP(record.topic, record.partition))
+                self._held.add(TP(record.topic, record.partition))
         else:
             self._process(partition, piece)
 
@@ -158,7 +171,7 @@ class Processor:
                     await asyncio.sleep(0)
                     await self._roomy.wait()
             partition.rebuilding = None
-            self._app.consumer.held.discard(TP(*place))
+            self._held.discard(TP(*place))
         except Exception as error:
             self.fail(error)
             return
@@ -239,7 +252,11 @@ class Processor:
             await asyncio.sleep(max(1.0, self._moved_at + STALLED_S - time.monotonic()))
             if time.monotonic() - self._moved_at < STALLED_S:
                 continue
-            if lag := await self._lag():
+            try:
+                lag = await self._lag()
+            except KafkaError as error:
+                raise TapedeckError(f"no progress for {STALLED_S:g} s, and Kafka does not answer: {error}") from error
+            if lag:
                 raise TapedeckError(f"no progress for {STALLED_S:g} s though {lag} records wait to be read")
             self._moved()
 

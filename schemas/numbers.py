@@ -48,7 +48,9 @@ class NotAccepted(ValueError):
 _decode = msgspec.json.Decoder(Decimal).decode
 # Canonical already, and within ACCEPTED's digits and bounds: up to 20 digits before the point, 19 behind it.
 _ready = re.compile(rb"(?:0|[1-9][0-9]{0,19})(?:\.[0-9]{0,18}[1-9])?").fullmatch
-REMEMBERED = 32_768
+_number = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?").fullmatch
+REMEMBERED = 32_768  # texts, of at most so many bytes
+SHORT = 48
 ABSENT = Number(ZERO, cast(Decimal, None), 0.0)
 
 
@@ -68,12 +70,16 @@ class Numbers(dict[bytes, Number]):
         exact, plain = (Decimal(text.decode()), text) if _ready(text) else self._canonical(text)
         if not exact and self._positive:
             raise NotAccepted(f"is 0, not {self._bounds}")
-        if len(self) >= REMEMBERED:
-            self.clear()
-        number = self[text] = Number(exact, cast(Decimal, msgspec.Raw(plain)), float(exact))
+        number = Number(exact, cast(Decimal, msgspec.Raw(plain)), float(exact))
+        if len(text) <= SHORT:
+            if len(self) >= REMEMBERED:
+                self.clear()
+            self[text] = number
         return number
 
     def _canonical(self, text: bytes) -> tuple[Decimal, bytes]:
+        if text[:1] == b'"' and not _number(text[1:-1]):  # decimal.Decimal would read much more than that
+            raise NotAccepted("is not a number")
         try:
             number = _decode(text)
             if LEAST <= number <= MOST:

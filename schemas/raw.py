@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import orjson
 
-Kind = Literal["slice", "tick", "gap", "bad"]
 Runs = list[tuple[int, int]]
 
 
@@ -69,6 +68,7 @@ class Foreign(NamedTuple):
     reason: str
 
 
+LARGEST = 2**62  # of epochs, numbers and times: what is larger is nobody's, and would stand for ever
 MAX_EVENTS = 100_000  # far more than any slice has
 
 
@@ -88,14 +88,17 @@ def from_kafka(
     found = dict(headers)
     try:
         runs = _decode_runs(found["recv"])
-        if not runs or not all(0 < count <= MAX_EVENTS for _, count in runs) or len(runs) > MAX_EVENTS:
+        epoch, n = int(found["epoch"]), int(found["n"])
+        if not runs or min(count for _, count in runs) <= 0 or sum(count for _, count in runs) > MAX_EVENTS:
             raise ValueError(f"recv counts no events, or too many: {runs[:3]}")
+        if not (0 <= epoch < LARGEST and 0 <= n < LARGEST and all(0 <= recv < LARGEST for recv, _ in runs)):
+            raise ValueError("epoch, n or recv is out of bounds")
         return RawRecord(
             partition,
             timestamp_ms,
             found["kind"].decode(),
-            int(found["epoch"]),
-            int(found["n"]),
+            epoch,
+            n,
             runs,
             value or b"",
             found["src"].decode(),
@@ -123,6 +126,8 @@ def text_of(data: bytes) -> tuple[Literal["utf-8", "base64"], str]:
     try:
         text = data.decode()
     except UnicodeDecodeError:
+        return "base64", base64.b64encode(data).decode()
+    if "\0" in text:  # which no column of text can hold
         return "base64", base64.b64encode(data).decode()
     if len(text) > SHORT and len(msgspec.json.encode(text)) > len(data) * 4 / 3:
         return "base64", base64.b64encode(data).decode()

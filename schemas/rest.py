@@ -5,7 +5,6 @@ A group is all the parts of one (number, pair, minute).
 """
 
 from collections.abc import Iterable
-from decimal import Decimal
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -62,12 +61,12 @@ class RestAggregate(msgspec.Struct, frozen=True):
     """A result of `/v2/aggs/ticker/{ticker}/range/1/minute/…`; `t` is its start in ms, `n` the number of trades. The
     vendor's specification lets `vw` and `n` be absent; without them it makes no bar."""
 
-    o: Decimal
-    h: Decimal
-    l: Decimal  # noqa: E741 - the vendor's name
-    c: Decimal
-    v: Decimal
-    vw: Decimal
+    o: Raw
+    h: Raw
+    l: Raw  # noqa: E741 - the vendor's name
+    c: Raw
+    v: Raw
+    vw: Raw
     t: int
     n: SmallInt
 

@@ -1,12 +1,11 @@
 """Polygon's crypto WebSocket messages, as the wire has them (docs/protocol.md), not as the spec says.
 
 Times are integer milliseconds, unknown fields are ignored. `i` is an integer or a string; captured quotes
-have undocumented fields; sizes come in scientific notation. The numbers of trades and quotes are left as the
+have undocumented fields; sizes come in scientific notation. Numbers are left as the
 JSON that they are (schemas.numbers.Numbers reads them): most are seen again and again. Without gc, for events
 come by the million and none can be part of a cycle.
 """
 
-from decimal import Decimal
 from typing import Annotated
 
 import msgspec
@@ -46,15 +45,15 @@ class XA(msgspec.Struct, tag_field="ev", tag="XA", frozen=True, gc=False):
     """The vendor's minute aggregate for [s, e); sent again with other values when it is revised."""
 
     pair: str
-    o: Decimal
-    h: Decimal
-    l: Decimal  # noqa: E741 - the vendor's name
-    c: Decimal
-    v: Decimal
+    o: Raw
+    h: Raw
+    l: Raw  # noqa: E741 - the vendor's name
+    c: Raw
+    v: Raw
     s: int
     e: int
-    vw: Decimal | None = None
-    z: Decimal | None = None
+    vw: Raw = Raw()
+    z: Raw = Raw()
 
 
 class XAS(XA, tag_field="ev", tag="XAS", frozen=True):

@@ -180,7 +180,11 @@ async def consumer(settings: Settings, *partitions: TopicPartition, group: str |
         max_partition_fetch_bytes=topics.MAX_RECORD_BYTES,
         fetch_max_wait_ms=50,
     )
-    await reader.start()
+    try:
+        await reader.start()
+    except BaseException:
+        await reader.stop()
+        raise
     reader.assign(list(partitions))
     return reader
 

@@ -303,6 +303,35 @@ async def test_a_worker_that_does_not_move_though_records_wait_ends_and_an_idle_
     assert "no progress for 2 s though" in worker.log.read_text()
 
 
+SLOW = """
+import asyncio
+from processors import service
+
+async def slow(*arguments):
+    await asyncio.sleep(6)
+    return await rebuild(*arguments)
+
+service.WAITING_RECORDS = 50
+rebuild, service.rebuild = service.rebuild, slow
+"""
+
+
+async def test_what_waits_for_a_long_rebuild_is_held_back_and_nothing_of_it_is_lost(line: Line, tmp_path: Path) -> None:
+    records = market_log(tmp_path, rate=80, seconds=300)
+    half = len(records) // 2
+    await line.send(records[:half])
+    worker = line.work("first")
+    await line.done(60)
+    worker.popen.kill()
+    worker.popen.wait()
+    await line.send(records[half : half + 2_000])
+    line.work("first", patch=SLOW)
+    await asyncio.sleep(4)
+    await line.send(records[half + 2_000 :])
+    await line.done(60)
+    assert_same(await line.published(), await line.computed(tmp_path))
+
+
 async def test_a_log_that_was_overtaken_by_retention_is_a_gap_and_its_bars_are_partial(
     line: Line, tmp_path: Path
 ) -> None:

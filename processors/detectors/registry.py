@@ -39,6 +39,9 @@ DETECTORS: tuple[type[Detector], ...] = (
 Thresholds = tuple[tuple[str, Detector.Settings], ...]  # by kind
 
 
+LARGEST = 1e9
+
+
 class WrongThreshold(ValueError):
     """No such detector, no such threshold, or a value that it cannot have."""
 
@@ -54,6 +57,8 @@ def thresholds(chosen: Mapping[str, Mapping[str, Any]] | None = None) -> Thresho
     for kind, settings in kinds.items():
         try:
             found[kind] = msgspec.convert(dict(chosen.get(kind, {})), settings)
+            if not all(abs(value) < LARGEST for value in msgspec.structs.astuple(found[kind])):
+                raise msgspec.ValidationError(f"a threshold is not below {LARGEST:g}")
         except msgspec.ValidationError as error:
             names = ", ".join(settings.__struct_fields__) or "none"
             raise WrongThreshold(f"{kind}: {error} (its thresholds: {names})") from None

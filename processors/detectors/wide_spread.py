@@ -43,11 +43,11 @@ class WideSpread(Detector):
         self._onsets = Onsets(MINUTE_NS)
 
     def quotes(self, symbol: str, quotes: Sequence[QuoteSeen], at: int) -> Iterable[Finding]:
-        spreads_now = [quote[1] - quote[0] for quote in quotes if quote[1] >= quote[0] > 0]
-        if not spreads_now:
+        whole = [quote for quote in quotes if quote[1] >= quote[0] > 0]
+        if not whole:
             return ()
-        bid, ask, ts, epoch, n = quotes[-1]
-        spread = 20_000 * min(spreads_now) / (bid + ask)
+        bid, ask, ts, epoch, n = min(whole, key=_relative)
+        spread = 20_000 * (ask - bid) / (bid + ask)
         pair = self._pairs.get(symbol)
         if pair is None:
             pair = self._pairs[symbol] = _Pair()
@@ -80,3 +80,7 @@ class WideSpread(Detector):
 
     def state(self) -> object:
         return ({s: p.spreads for s, p in self._pairs.items()}, self._onsets.state())
+
+
+def _relative(quote: QuoteSeen) -> float:
+    return (quote[1] - quote[0]) / (quote[1] + quote[0])

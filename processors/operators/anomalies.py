@@ -189,5 +189,18 @@ class Anomalies:
         return (pairs, self._notes, self._vendor_bars, found, [detector.state() for detector in self._detectors])
 
 
+class Silent(Anomalies):
+    """Nobody wants anomalies: nothing is kept and nothing found."""
+
+    def trade(self, *_: object) -> None: ...
+    def quote(self, *_: object) -> None: ...
+    def note(self, *_: object) -> None: ...
+    def vendor_bar(self, bar: VendorBar) -> None: ...
+    def gap(self, gap: Gap, at: int) -> None: ...
+
+    def tick(self, before: int, tick: int, fresh: Sequence[str] | None, bars: Sequence[Bar]) -> list[Anomaly]:
+        return []
+
+
 def _by_order(one: _Found) -> tuple[int, str, str]:
     return (one.order, one.finding.symbol or "", one.finding.key)

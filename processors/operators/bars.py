@@ -97,6 +97,8 @@ class Bars:
         self._changed: set[tuple[int, str]] = set()  # those that are dirty
         self._missed: list[Missed] = []  # gaps in trades since the last marker
         self._oldest = 0  # the first minute that may still change
+        self.known_from = 0
+        """Of minutes that began before it others were told, of which nothing is known here: they take no trades."""
 
     def closed(self, start: int, tick: int) -> bool:
         """Whether the minute from `start` is closed as of the tick."""
@@ -163,6 +165,11 @@ class Bars:
             self._gaps = [g for g in self._gaps if g.gap.to >= self._oldest]
         return final, forming
 
+    def nothing_before(self, tick: int) -> None:
+        """What came before the tick is not known: the minutes that are closed then were told by somebody else."""
+        last = tick - self._grace_ns
+        self.known_from = last - last % MINUTE_NS
+
     def missed(self) -> list[Missed]:
         """The gaps in trades noted since this was asked the last time."""
         missed, self._missed = self._missed, []
@@ -228,6 +235,7 @@ class Bars:
             {start: {s: m.state() for s, m in symbols.items()} for start, symbols in self._minutes.items()},
             [(g.gap, max(g.before, self._oldest)) for g in self._gaps],
             list(self._missed),
+            max(self.known_from, self._oldest),
         )
 
 

@@ -1,10 +1,9 @@
 """Polygon's messages to our events, or the reason why not. Nothing is remembered."""
 
-from decimal import Decimal
 from functools import lru_cache
 
 from schemas.events import NS_PER_MS, Quote, Side, Trade, VendorBar
-from schemas.numbers import NotAccepted, Number, Numbers
+from schemas.numbers import ABSENT, NotAccepted, Number, Numbers
 from schemas.wire import EARLIEST_MS, LATEST_MS, XA, XAS, XQ, XT, symbol_of
 
 SELL, BUY = 1, 2  # Polygon's crypto conditions "sellside" and "buyside": the aggressor's side
@@ -116,27 +115,24 @@ def quote(message: XQ, recv: int, epoch: int, partition: int, n: int) -> tuple[Q
     return event, bid, ask
 
 
-def _decimal(name: str, value: Decimal, numbers: Numbers) -> Decimal:
-    return number(name, str(value).encode(), numbers).exact
-
-
 def vendor_bar(message: XA | XAS, recv: int, epoch: int, partition: int, n: int) -> VendorBar:
     """Raises CannotNormalize."""
     start, end = _time("s", message.s), _time("e", message.e)
     if end <= start:
         raise CannotNormalize("the aggregate ends before it starts")
+    vwap = number("vwap", bytes(message.vw), optional)
     return VendorBar(
         _symbol(message.pair),
         "1s" if isinstance(message, XAS) else "1m",
         start,
         end,
         recv,
-        _decimal("open", message.o, positive),
-        _decimal("high", message.h, positive),
-        _decimal("low", message.l, positive),
-        _decimal("close", message.c, positive),
-        _decimal("volume", message.v, plain),
-        None if message.vw is None else _decimal("vwap", message.vw, plain),
+        number("open", bytes(message.o), positive).exact,
+        number("high", bytes(message.h), positive).exact,
+        number("low", bytes(message.l), positive).exact,
+        number("close", bytes(message.c), positive).exact,
+        number("volume", bytes(message.v), plain).exact,
+        None if vwap is ABSENT else vwap.exact,
         epoch,
         partition,
         n,

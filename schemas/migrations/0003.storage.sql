@@ -8,6 +8,16 @@ CREATE TABLE IF NOT EXISTS crypto_aggregates_history (
     PRIMARY KEY (symbol, interval, time, repair, revision)
 );
 
+INSERT INTO crypto_aggregates_history (
+    time, symbol, interval, start, "end", open, high, low, close, volume, vwap, notional, trade_count, buy_volume,
+    sell_volume, status, repair, revision, flags, missing_ns, quality, source, fingerprint
+)
+SELECT
+    time, symbol, interval, start, "end", open, high, low, close, volume, vwap, notional, trade_count, buy_volume,
+    sell_volume, status, repair, revision, flags, missing_ns, quality, source, fingerprint
+FROM crypto_aggregates
+ON CONFLICT DO NOTHING;
+
 CREATE TABLE IF NOT EXISTS anomalies (
     time        timestamptz      NOT NULL,
     id          text             NOT NULL,
@@ -119,8 +129,6 @@ $$;
 DO $$
 DECLARE
     days constant interval := INTERVAL '7 days';
-    kept constant interval := INTERVAL '2 years';
-    chunk record;
 BEGIN
     -- Roles belong to the whole server: without the right to make them, or where another database just makes the
     -- same ones, this database has none of its own.
@@ -146,8 +154,6 @@ BEGIN
         ALTER TABLE crypto_quotes SET (timescaledb.enable_columnstore, timescaledb.segmentby = 'symbol', timescaledb.orderby = 'time');
         CALL add_columnstore_policy('crypto_trades', days, if_not_exists => true);
         CALL add_columnstore_policy('crypto_quotes', days, if_not_exists => true);
-        PERFORM add_retention_policy('crypto_trades', kept, if_not_exists => true);
-        PERFORM add_retention_policy('crypto_quotes', kept, if_not_exists => true);
     END IF;
 END
 $$;

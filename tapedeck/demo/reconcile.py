@@ -304,4 +304,5 @@ def quote_content(message: wire.XQ, symbol: str) -> tuple[Any, ...]:
 def vendor_content(message: wire.XA, symbol: str) -> tuple[Any, ...]:
     """The same for an aggregate."""
     ts = message.s * NS_PER_MS
-    return (symbol, ts, message.o, message.h, message.l, message.c, message.v, message.vw)
+    numbers = (message.o, message.h, message.l, message.c, message.v, message.vw)
+    return (symbol, ts, *(decimal_of(bytes(number)) for number in numbers))

@@ -57,6 +57,8 @@ class Quote(NamedTuple):
     back_ms: int = 0
     pair: str = "BTC-USD"
     exchange: str = "1"
+    bid: str = "61837.6"
+    ask: str = "61837.70"
 
 
 class Aggregate(NamedTuple):
@@ -136,7 +138,14 @@ trades = st.builds(
     st.sampled_from(["0.5", "4.522e-05", "1", "0.1", "0.2", "1e-18", "7.000"]),
     st.sampled_from(["[1]", "[2]", "[0]", "[]", "null", "[1,2]"]),
 )
-quotes = st.builds(Quote, st.sampled_from([0, 5, 700, MINUTE, *AHEAD_MS]), pairs, st.sampled_from(["1", "2", "null"]))
+quotes = st.builds(
+    Quote,
+    st.sampled_from([0, 5, 700, MINUTE, *AHEAD_MS]),
+    pairs,
+    st.sampled_from(["1", "2", "null"]),
+    st.sampled_from(["61837.6", "61837.6", "61840", "0"]),
+    st.sampled_from(["61837.70", "61837.70", "61837.6", "99999", "0"]),
+)
 aggregates = st.builds(Aggregate, st.sampled_from([1, 1, 2, 30, -1]), pairs, st.sampled_from(["3.5", "0", "1e3"]))
 hushes = st.builds(
     Hush,
@@ -200,11 +209,11 @@ class _Timeline:
                 self._move(self.clock + ms)
             case Trade():
                 self._trade(step)
-            case Quote(back_ms, pair, exchange):
+            case Quote(back_ms, pair, exchange, bid, ask):
                 t = self.clock - back_ms
                 self._event(
-                    b'{"ev":"XQ","pair":"%s","bp":61837.6,"bs":1e-3,"ap":61837.70,"as":0,"t":%d,"x":%s,"lp":0}'
-                    % (pair.encode(), t, exchange.encode()),
+                    b'{"ev":"XQ","pair":"%s","bp":%s,"bs":1e-3,"ap":%s,"as":0,"t":%d,"x":%s,"lp":0}'
+                    % (pair.encode(), bid.encode(), ask.encode(), t, exchange.encode()),
                     t,
                 )
             case Aggregate(minutes, pair, volume):

@@ -34,12 +34,16 @@ class RollupReference:
         self.marker = 0
         self.before: dict[tuple[str, int, str], object] = {}  # what each range was made of at the last marker
 
+    def seen(self, timestamp_ms: int) -> None:
+        """A record, whatever it is."""
+        if self.first is None:
+            self.first = timestamp_ms * 1_000_000
+
     def take(self, timestamp_ms: int, value: bytes) -> list[dict[str, Any]]:
         """The bars that a record brings, by interval, start and symbol."""
         record = decoded(value)
         self.clock = max(self.clock, timestamp_ms * 1_000_000)
-        if self.first is None:
-            self.first = self.clock
+        self.seen(timestamp_ms)
         if record["kind"] != "minute_closed":
             key = record["symbol"], record["start"]
             if key not in self.newest or order(record) > order(self.newest[key]):
@@ -51,7 +55,7 @@ class RollupReference:
         if record["end"] <= max(self.marker, oldest):
             return []
         self.marker = record["end"]
-        oldest = max(oldest, self.marker - 3 * DAY_NS, self.first + HOUR_NS if self.cut else 0)
+        oldest = max(oldest, self.marker - 3 * DAY_NS, (self.first or 0) + HOUR_NS if self.cut else 0)
         now, bars = {}, []
         for interval, minutes in LENGTHS_NS.items():
             length = minutes * MINUTE_NS

@@ -320,6 +320,16 @@ class TestTheCounterexamples:
                 one_pass.process(record)
             assert rebuilt(log, offset, SHORT, begin).state() == one_pass.state()
 
+    def test_5_a_late_trade_for_a_minute_from_before_the_deleted_stretch_makes_no_bar(self) -> None:
+        """It would make one of itself alone, with a higher revision than the true bar that was told before."""
+        script: list[Step] = [Trade(), Wait(3 * MINUTE), Trade(), Trade(2 * MINUTE), Wait(3 * MINUTE)]
+        log = sent(script).log
+        begin = [record.kind for record in log].index("slice", 2)
+        state = rebuilt(log, begin, SETTINGS[0], begin)
+        outputs = [output for record in log[begin:] for output in state.process(record)]
+        assert [trade["flags"] for trade in values(outputs, topics.TRADES)] == [[], ["too_late"]]
+        assert [bar["trade_count"] for bar in values(outputs, topics.BARS_1M) if bar["kind"] == "bar"] == [1]
+
     def test_5_nothing_is_lost_where_the_rebuild_need_not_reach_the_logs_beginning(self) -> None:
         log = sent([Trade(), *[Wait(MINUTE)] * 60, Trade(), Wait(MINUTE)]).log
         state = rebuilt(log, len(log) - 1, SHORT, begin=1, run_in=1)

@@ -456,6 +456,7 @@ class TestEveryLog:
         stage, reference = Rollups(1, cut), RollupReference(cut)
         for one in log_of(script):
             outputs = stage.process(one)
+            reference.seen(one.timestamp_ms)
             if [output.topic for output in outputs] != [topics.DEAD_LETTERS.name]:
                 assert [decoded(output.value) for output in outputs] == reference.take(one.timestamp_ms, one.value)
                 assert all(output.timestamp_ms == one.timestamp_ms for output in outputs)
