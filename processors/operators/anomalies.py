@@ -143,7 +143,8 @@ class Anomalies:
                 pair.quotes = []
 
     def _keep(self, order: int, detector: Detector, findings: Iterable[Finding]) -> None:
-        self._found.extend(_Found(order, detector, finding) for finding in findings)
+        for finding in findings:
+            self._found.append(_Found(order, detector, finding))
 
     def _anomaly(self, detector: Detector, finding: Finding, tick: int) -> Anomaly:
         bar = finding.bar

@@ -147,8 +147,9 @@ class Bars:
         """What a tick closes or finds changed, final and forming, by (start, symbol); then forgets what is past
         the horizon."""
         final, forming = [], []
-        closing = [s for s in self._minutes if self.closed(s, tick) and not self.closed(s, before)]
-        self._changed.update((start, symbol) for start in closing for symbol in self._minutes[start])
+        if (tick - self._grace_ns) // MINUTE_NS != (before - self._grace_ns) // MINUTE_NS:
+            closing = [s for s in self._minutes if self.closed(s, tick) and not self.closed(s, before)]
+            self._changed.update((start, symbol) for start in closing for symbol in self._minutes[start])
         for start, symbol in sorted(self._changed):
             minute = self._minutes[start][symbol]
             minute.dirty = False
@@ -158,9 +159,11 @@ class Bars:
                 forming.append(self._bar(symbol, start, minute, "forming"))
         self._changed.clear()
         horizon = tick - self._lateness_ns
-        for start in [s for s in self._minutes if s + MINUTE_NS <= horizon]:
-            del self._minutes[start]
-        self._oldest = horizon - horizon % MINUTE_NS
+        oldest = horizon - horizon % MINUTE_NS
+        if oldest != self._oldest:
+            self._oldest = oldest
+            for start in [s for s in self._minutes if s < oldest]:
+                del self._minutes[start]
         if self._gaps and min(g.gap.to for g in self._gaps) < self._oldest:
             self._gaps = [g for g in self._gaps if g.gap.to >= self._oldest]
         return final, forming
