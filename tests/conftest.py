@@ -23,8 +23,6 @@ from urllib.parse import urlsplit
 import asyncpg
 import msgspec
 import pytest
-from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError
 from pydantic import SecretStr
 
 from bench.market import write_frames
@@ -164,9 +162,9 @@ async def database_url(postgres: str) -> AsyncIterator[str]:
 
 
 @pytest.fixture
-async def settings(kafka: str, database_url: str, tmp_path: Path) -> AsyncIterator[Settings]:
-    """Topics and a database that no other test has; gone after it, for a broker with thousands of partitions is slow."""
-    settings = Settings(
+def settings(kafka: str, database_url: str, tmp_path: Path) -> Settings:
+    """Topics and a database that no other test has."""
+    return Settings(
         _env_file=None,
         kafka_bootstrap_servers=kafka,
         database_url=SecretStr(database_url),
@@ -176,13 +174,6 @@ async def settings(kafka: str, database_url: str, tmp_path: Path) -> AsyncIterat
         polygon_api_key=SecretStr("dummy"),
         http_port=0,
     )
-    yield settings
-    admin = AIOKafkaAdminClient(**settings.kafka_options())
-    with contextlib.suppress(KafkaError):
-        await admin.start()
-        names = [name for name in await admin.list_topics() if name.startswith(settings.topic_prefix)]
-        await admin.delete_topics(names)
-    await admin.close()
 
 
 Publish = Callable[[topics.Topic, int, Iterable[msgspec.Struct | bytes | None]], Awaitable[None]]
