@@ -176,8 +176,11 @@ async def says(shell: Shell, complaint: str | None) -> bool:
 
 
 async def offsets(db: asyncpg.Connection, table: tables.Table) -> dict[int, int]:
-    found = await db.fetch("SELECT partition, next_offset FROM sink_offsets WHERE sink = $1", table.name)
-    return {row["partition"]: row["next_offset"] for row in found}
+    """By partition, over all of the table's topics."""
+    found = await db.fetch(
+        "SELECT partition, sum(next_offset)::bigint AS moved FROM sink_offsets WHERE sink = $1 GROUP BY 1", table.name
+    )
+    return {row["partition"]: row["moved"] for row in found}
 
 
 async def reaches(db: asyncpg.Connection, table: tables.Table, records: int, timeout_s: float = 60) -> None:
