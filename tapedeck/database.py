@@ -12,6 +12,7 @@ import structlog
 import yoyo
 
 import schemas
+from tapedeck import storage
 from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.kafka import retrying
 from tapedeck.settings import Settings
@@ -19,7 +20,6 @@ from tapedeck.settings import Settings
 log = structlog.get_logger()
 
 MIGRATIONS = Path(schemas.__file__).parent / "migrations"
-MIGRATION_S = 3600.0  # an index on a year of quotes takes its time
 LOCK = 7_263_544_911  # any number, the same in every process: one migrates, the others wait
 
 #: Passing troubles of a server that is away, restarting or full, and what asyncpg says of a connection that
@@ -95,19 +95,20 @@ async def prepare(settings: Settings) -> None:
     """Waits for PostgreSQL and migrates it to the newest schema; raises UsageError, TapedeckError."""
     connection = await connect(settings)
     try:
-        await _migrate(connection, settings.database_url.get_secret_value())
+        await _migrate(connection, settings)
     except (*AWAY, asyncpg.PostgresError, psycopg.Error) as error:
         raise TapedeckError(f"PostgreSQL at {where(settings)} cannot be migrated: {error!r}") from error
     finally:
         connection.terminate()
 
 
-async def _migrate(connection: asyncpg.Connection, url: str) -> None:
+async def _migrate(connection: asyncpg.Connection, settings: Settings) -> None:
     """One process migrates, the others wait for it. The lock goes with the session."""
     if not await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK):
         log.info("another process migrates the database, waiting for it")
-        await connection.execute("SELECT pg_advisory_lock($1)", LOCK, timeout=MIGRATION_S)
-    await asyncio.to_thread(_apply, url)
+        await connection.execute("SELECT pg_advisory_lock($1)", LOCK, timeout=storage.MIGRATION_S)
+    await asyncio.to_thread(_apply, settings.database_url.get_secret_value())
+    await storage.apply(connection, settings)
 
 
 def _apply(url: str) -> None:

@@ -76,7 +76,12 @@ class Settings(BaseSettings):
     )
 
     sink_batch_rows: int = Field(5000, ge=1, description="Rows a sink writes in one transaction, at most")
-    sink_batch_ms: float = Field(100, gt=0, description="How long a sink waits for a batch to fill")
+    trades_keep_days: int = Field(
+        730, ge=0, description="With TimescaleDB: trades and quotes older than this by event time are deleted; 0: never"
+    )
+    columnstore_after_days: int = Field(
+        7, ge=1, description="With TimescaleDB: rows older than this go into the columnstore, a tenth of the size"
+    )
 
     http_host: str = Field("127.0.0.1", description="Where /metrics and /health listen")
     http_port: int | None = Field(

@@ -90,8 +90,6 @@ CREATE TABLE IF NOT EXISTS exchanges (
 INSERT INTO exchanges VALUES (1, 'Coinbase'), (2, 'Bitfinex'), (6, 'Bitstamp'), (10, 'Binance.US'), (23, 'Kraken')
 ON CONFLICT DO NOTHING;
 
-CREATE INDEX IF NOT EXISTS crypto_aggregates_interval_time ON crypto_aggregates (symbol, interval, time DESC);
-
 CREATE OR REPLACE VIEW ohlcv AS
 SELECT time, symbol, interval AS timeframe, open, high, low, close, volume, vwap, trade_count
 FROM crypto_aggregates;
@@ -127,8 +125,6 @@ LANGUAGE sql STABLE PARALLEL SAFE AS $$
 $$;
 
 DO $$
-DECLARE
-    days constant interval := INTERVAL '7 days';
 BEGIN
     -- Roles belong to the whole server: without the right to make them, or where another database just makes the
     -- same ones, this database has none of its own.
@@ -147,14 +143,6 @@ BEGIN
     EXCEPTION WHEN insufficient_privilege OR unique_violation OR duplicate_object OR undefined_object THEN
         RAISE NOTICE 'roles tapedeck_writer and tapedeck_reader are left out: %', SQLERRM;
     END;
-    IF current_setting('timescaledb.disable_load', true) IS NOT NULL THEN
-        PERFORM create_hypertable('crypto_aggregates_history', by_range('time', INTERVAL '30 days'), if_not_exists => true);
-        PERFORM create_hypertable('anomalies', by_range('time', INTERVAL '30 days'), if_not_exists => true);
-        ALTER TABLE crypto_trades SET (timescaledb.enable_columnstore, timescaledb.segmentby = 'symbol', timescaledb.orderby = 'time');
-        ALTER TABLE crypto_quotes SET (timescaledb.enable_columnstore, timescaledb.segmentby = 'symbol', timescaledb.orderby = 'time');
-        CALL add_columnstore_policy('crypto_trades', days, if_not_exists => true);
-        CALL add_columnstore_policy('crypto_quotes', days, if_not_exists => true);
-    END IF;
 END
 $$;
 
