@@ -25,7 +25,12 @@ from tapedeck.shell import Shell
 
 log = structlog.get_logger()
 
-RETRY_S = 0.25
+RETRY_S = 0.25  # and twice as long after each failure in turn
+MOST_RETRY_S = 5.0
+IDLE_MS = 100
+GATHER_MS = 5  # how long a record may wait for others when the database is idle again
+MOST_BYTES = 16 * 1024**2  # of a batch, give or take what one read brings
+SLOW_S = 5.0
 STOP_S = 0.5  # for leaving the group; a broker that is away or rebalances would take much longer
 SHOW_S = 1.0
 STALL_S = 30.0  # aiokafka's fetching has ended in silence (its issue 983): look whether nothing came for nothing
@@ -43,8 +48,16 @@ class _Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         self.places = set(assigned)
 
 
+#: A record, and the row it makes; None for a marker.
+_Entry = tuple[Any, str | writer.Refused | None]
+
+
 class Sink:
-    """Reads the topics of one table into it, from the offsets that the table's database holds."""
+    """Reads the topics of one table into it, from the offsets that the table's database holds.
+
+    While the database works at a batch the next one gathers: a lone record is written at once, a flood in large
+    batches, and what gathers is bounded, so a database that is slow or away holds up the reading and nothing else.
+    """
 
     def __init__(self, shell: Shell, table: Table) -> None:
         self._shell = shell
@@ -55,6 +68,10 @@ class Sink:
         self._connection: asyncpg.Connection | None = None
         self._positioned: set[TopicPartition] | None = None  # the assignment that the positions are for
         self._positions: dict[TopicPartition, int] = {}
+        self._gathered: list[_Entry] = []
+        self._size = 0  # of what gathered, in characters
+        self._writing: asyncio.Task[None] | None = None
+        self._failures = 0
         self._shown: dict[TopicPartition, int] = {}
         self._show_at = 0.0
         self._moved_at = 0.0
@@ -80,6 +97,8 @@ class Sink:
             while True:
                 await self._turn(consumer)
         finally:
+            if self._writing is not None:
+                self._writing.cancel()
             if self._connection is not None:
                 self._connection.terminate()
             with contextlib.suppress(TimeoutError):
@@ -87,20 +106,23 @@ class Sink:
                     await consumer.stop()
 
     async def _turn(self, consumer: AIOKafkaConsumer) -> None:
-        """One batch. What goes wrong with Kafka or the database drops it, and reading goes on from the offsets
-        in the database."""
+        """Some records. What goes wrong with Kafka or the database drops what was not written, and reading goes on
+        from the offsets in the database."""
         try:
             places = self._assignment.places
             if places is not None and places is not self._positioned:
+                await self._written()
                 await self._position(consumer, places)
             # Without partitions as well: who does not ask for records for five minutes is out of the group.
             batch = await consumer.getmany(
-                timeout_ms=int(self._settings.sink_batch_ms), max_records=self._settings.sink_batch_rows
+                timeout_ms=GATHER_MS if self._gathered else IDLE_MS,
+                max_records=self._settings.sink_batch_rows - len(self._gathered),
             )
             # Records that came with another assignment are not from our positions on, but from Kafka's.
             if self._positioned is None or self._positioned is not self._assignment.places:
                 return
-            await self._store([record for records in batch.values() for record in records])
+            self._gather([record for records in batch.values() for record in records])
+            await self._pass_on()
             await self._show(consumer)
             if batch:
                 self._moved_at = time.monotonic()
@@ -109,9 +131,9 @@ class Sink:
         except writer.Fenced as error:
             log.warning("another sink has taken over, reading positions anew", detail=str(error))
             metrics.SINK_ERRORS.labels(self._table.name).inc()
-            self._positioned = None
+            self._forget()
         except (NoOffsetForPartitionError, OffsetOutOfRangeError):
-            self._positioned = None  # of a new assignment, or the log was cut off: `_position` will see
+            self._forget()  # of a new assignment, or the log was cut off: `_position` will see
         except (*database.AWAY, asyncpg.PostgresError) as error:
             await self._trouble("database", error)
         except KafkaError as error:
@@ -121,6 +143,7 @@ class Sink:
 
     async def _position(self, consumer: AIOKafkaConsumer, places: set[TopicPartition]) -> None:
         """Seeks every assigned partition to where its table stands."""
+        self._forget()
         if self._connection is None or self._connection.is_closed():
             self._connection = await database.open_connection(self._settings)
             await writer.stage(self._connection, self._table)
@@ -134,8 +157,7 @@ class Sink:
                     f"{ends[place]}: this database belongs to another Kafka (or its log was lost)"
                 )
             if at < begins[place]:
-                log.error("the log was overtaken by retention", place=str(place), lost=[at, begins[place]])
-                await writer.write(self._connection, self._table, [], {place: (at, begins[place])})
+                await self._lose(place, at, begins[place])
                 positions[place] = begins[place]
         if places is not self._assignment.places:
             return  # it changed meanwhile
@@ -143,36 +165,97 @@ class Sink:
             consumer.seek(place, positions[place])
         self._positions, self._positioned = positions, places
         self._moved_at = time.monotonic()
+        self._well()
+
+    async def _lose(self, place: TopicPartition, at: int, begin: int) -> None:
+        await writer.lose(self._connection, self._table, place, at, begin)
+        metrics.SINK_LOST.labels(self._table.name).inc(begin - at)
+        log.error(
+            "the log was overtaken by retention: these records are not in the table; `tapedeck rebuild` makes them "
+            "anew where the raw log or the archive still has them",
+            table=self._table.name,
+            place=f"{place.topic}[{place.partition}]",
+            from_offset=at,
+            to_offset=begin,
+        )
+
+    def _gather(self, records: Sequence[Any]) -> None:
+        line = self._table.line
+        for record in records:
+            made: str | writer.Refused | None
+            try:
+                made = line(record.value or b"")  # b"" for a null, which is no event either
+            except (ValueError, RecursionError) as error:
+                made = writer.Refused(record, repr(error))
+            self._gathered.append((record, made))
+            self._size += len(record.value or b"")
+
+    async def _pass_on(self) -> None:
+        """To the database, as soon as it is through with the batch before; waits for that when enough has gathered."""
+        full = len(self._gathered) >= self._settings.sink_batch_rows or self._size >= MOST_BYTES
+        if full or self._writing is None or self._writing.done():
+            await self._written()
+            if self._gathered:
+                self._writing = asyncio.create_task(self._store(self._gathered))
+                self._gathered, self._size = [], 0
+
+    async def _written(self) -> None:
+        """Waits for the batch that the database has, and raises what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            await asyncio.wait({writing}, timeout=SLOW_S)
+            if not writing.done():
+                self._shell.health[self._table.name] = f"database: slow, a batch takes more than {SLOW_S:g} s"
+            await writing
+        finally:
+            writing.cancel()
+        self._well()
+
+    def _forget(self) -> None:
+        """What was read and not written will be read again."""
+        self._positioned, self._gathered, self._size = None, [], 0
+
+    def _well(self) -> None:
+        self._failures = 0
         self._shell.health[self._table.name] = None
 
-    async def _store(self, records: Sequence[Any]) -> None:
-        """Writes them, or all but those that make no row: halving finds them."""
-        if not records:
-            return
+    async def _store(self, entries: Sequence[_Entry]) -> None:
+        """Writes them; what the database refuses is found by halving, and kept beside with the reason."""
         # Place by place, in order: the last offset of each is the one that stays.
         moves = {
-            (place := TopicPartition(r.topic, r.partition)): (self._positions[place], r.offset + 1) for r in records
+            (place := TopicPartition(r.topic, r.partition)): (self._positions[place], r.offset + 1) for r, _ in entries
         }
+        lines = [made for _, made in entries if isinstance(made, str)]
+        refused = [made for _, made in entries if isinstance(made, writer.Refused)]
         started = time.perf_counter()
         try:
-            # b"" for a null, which is no event either.
-            rows = self._table.rows([record.value or b"" for record in records])
-            changed = await writer.write(self._connection, self._table, rows, moves)
-        except writer.REFUSED as error:
-            if len(records) > 1:
-                middle = len(records) // 2
-                await self._store(records[:middle])
-                await self._store(records[middle:])
-                return
-            at = f"{records[0].topic}[{records[0].partition}]@{records[0].offset}"
-            log.error("a record makes no row and is passed over", place=at, error=str(error))
-            metrics.UNDECODABLE.labels(self._table.name).inc()
-            await writer.write(self._connection, self._table, [], moves)
-        else:
-            metrics.COMMIT_SECONDS.labels(self._table.name).observe(time.perf_counter() - started)
-            metrics.ROWS.labels(self._table.name).inc(changed)
-            metrics.ROW_DUPLICATES.labels(self._table.name).inc(len(rows) - changed)
+            changed = await writer.write(self._connection, self._table, lines, moves, refused)
+        except asyncpg.PostgresError as error:
+            if not lines or not writer.row_is_refused(error):
+                raise
+            if len(entries) > 1:
+                middle = len(entries) // 2
+                await self._store(entries[:middle])
+                await self._store(entries[middle:])
+            else:
+                record, _ = entries[0]
+                await self._store([(record, writer.Refused(record, f"{type(error).__name__}: {error}"))])
+            return
         self._positions |= {place: new for place, (_, new) in moves.items()}
+        name = self._table.name
+        metrics.COMMIT_SECONDS.labels(name).observe(time.perf_counter() - started)
+        metrics.ROWS.labels(name).inc(changed)
+        metrics.ROW_DUPLICATES.labels(name).inc(len(lines) - changed)
+        metrics.NEWEST_ROW.labels(name).set(max(record.timestamp for record, _ in entries) / 1000)
+        for record, reason in refused:
+            metrics.SINK_DEAD_LETTERS.labels(name).inc()
+            log.error(
+                "a record makes no row: it is kept in sink_dead_letters",
+                place=f"{record.topic}[{record.partition}]@{record.offset}",
+                error=reason[:200],
+            )
 
     async def _show(self, consumer: AIOKafkaConsumer) -> None:
         """Sets the metric, and now and then Kafka's own offsets: those are for display, so failing is fine."""
@@ -186,7 +269,7 @@ class Sink:
             self._show_at = time.monotonic() + SHOW_S
             shown = dict(self._positions)
             with contextlib.suppress(KafkaError, TimeoutError):
-                async with asyncio.timeout(RETRY_S):  # aiokafka would try again for ever
+                async with asyncio.timeout(SHOW_S / 4):  # aiokafka would try again for ever
                     await consumer.commit(shown)
                 self._shown = shown
 
@@ -207,11 +290,12 @@ class Sink:
             log.warning(f"trouble with {what}: the rows wait in Kafka", table=self._table.name, error=repr(error))
         self._shell.health[self._table.name] = f"{what}: {error!r}"
         metrics.SINK_ERRORS.labels(self._table.name).inc()
-        self._positioned = None
-        if self._connection is not None:
+        self._forget()
+        if what == "database" and self._connection is not None:
             self._connection.terminate()
             self._connection = None
-        await asyncio.sleep(RETRY_S)
+        await asyncio.sleep(min(MOST_RETRY_S, RETRY_S * 2**self._failures))
+        self._failures += 1
 
 
 def tables_of(name: str) -> Sequence[Table]:

@@ -1,27 +1,40 @@
 """One batch and the offsets it came from, in one transaction, guarded. What makes a sink exactly once."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import asyncpg
 from aiokafka import TopicPartition
 
 from sinks.tables import Table
 
-#: The rows themselves are at fault, not the database: writing them again will not help.
-REFUSED = (
-    ValueError,
-    OverflowError,
-    RecursionError,
-    asyncpg.DataError,
-    asyncpg.NotNullViolationError,
-    asyncpg.CheckViolationError,
-    asyncpg.ProgramLimitExceededError,
-)
+#: Of more rows than this in one batch (history, or catching up) listeners learn the number alone.
+TOLD_ROWS = 100
+
+Moves = Mapping[TopicPartition, tuple[int, int]]
 
 
 class Fenced(Exception):
     """Another sink owns a partition: its offset is not where we left it. Nothing was written."""
+
+
+class Refused(NamedTuple):
+    """A record of Kafka's that makes no row of its table, and why."""
+
+    record: Any
+    reason: str
+
+
+def row_is_refused(error: BaseException) -> bool:
+    """Whether the rows themselves are at fault, not the database: writing them again will not help."""
+    at_fault = (
+        asyncpg.DataError,
+        asyncpg.NotNullViolationError,
+        asyncpg.CheckViolationError,
+        asyncpg.ProgramLimitExceededError,
+    )
+    # The limit may also be that of the queue of notifications, which a listener that hangs fills up.
+    return isinstance(error, at_fault) and "NOTIFY" not in str(error)
 
 
 async def offsets(
@@ -44,39 +57,79 @@ async def offsets(
 
 async def stage(connection: asyncpg.Connection, table: Table) -> None:
     """The session's staging table, empty at each commit; once for each connection."""
+    columns = ", ".join(f'"{column}"' for column in table.columns)
     await connection.execute(
-        f"CREATE TEMP TABLE IF NOT EXISTS staged ON COMMIT DELETE ROWS AS SELECT * FROM {table.name} WITH NO DATA"
+        f"CREATE TEMP TABLE IF NOT EXISTS staged ON COMMIT DELETE ROWS AS SELECT {columns} FROM {table.name} "
+        "WITH NO DATA"
     )
 
 
 async def write(
-    connection: asyncpg.Connection,
-    table: Table,
-    rows: list[tuple[Any, ...]],
-    moves: Mapping[TopicPartition, tuple[int, int]],
+    connection: asyncpg.Connection, table: Table, lines: Sequence[str], moves: Moves, refused: Sequence[Refused] = ()
 ) -> int:
-    """Writes rows and moves offsets (place to expected and new) together; returns the rows changed.
+    """Writes rows and moves offsets (place to expected and new) together; returns the rows changed. Records that are
+    `refused` are kept beside, whole.
 
     Raises Fenced when any offset is not the expected one, and what asyncpg raises; either way nothing is
     written and nothing moved. The offsets are touched, and so locked, only when the rows have arrived: from
     then on a process that freezes is idle in its transaction, and the server ends that (database.py).
     """
     async with connection.transaction():
-        if rows:
-            await connection.copy_records_to_table("staged", records=rows, columns=list(table.columns))
-        moved = await connection.fetch(
-            "UPDATE sink_offsets AS o SET next_offset = m.new "
-            "FROM unnest($2::text[], $3::int[], $4::bigint[], $5::bigint[]) AS m(topic, partition, expected, new) "
-            "WHERE o.sink = $1 AND o.topic = m.topic AND o.partition = m.partition AND o.next_offset = m.expected "
-            "RETURNING o.topic, o.partition",
-            table.name,
-            [place.topic for place in moves],
-            [place.partition for place in moves],
-            [expected for expected, _ in moves.values()],
-            [new for _, new in moves.values()],
-        )
-        if len(moved) != len(moves):
-            lost = set(moves) - {TopicPartition(row["topic"], row["partition"]) for row in moved}
-            raise Fenced(f"the offsets of {', '.join(f'{t}[{p}]' for t, p in sorted(lost))} are not ours")
-        status: str = await connection.execute(table.insert) if rows else "INSERT 0 0"
+        if lines:
+            await connection.copy_to_table("staged", source=_source(lines), columns=list(table.columns))
+        await _move(connection, table, moves)
+        if refused:
+            await connection.executemany(
+                "INSERT INTO sink_dead_letters VALUES ($1, $2, $3, $4, $5, $6, $7)",
+                [(table.name, r.topic, r.partition, r.offset, why, r.key, r.value) for r, why in refused],
+            )
+        if not lines:
+            return 0
+        if table.channel:
+            told = [row[0] for row in await connection.fetch(table.insert)]
+            await _tell(connection, table.channel, told)
+            return len(told)
+        status: str = await connection.execute(table.insert)
         return int(status.rsplit(" ", 1)[1])
+
+
+async def lose(connection: asyncpg.Connection, table: Table, place: TopicPartition, at: int, begin: int) -> None:
+    """Moves past records that the log no longer has, and notes which. Raises like `write`."""
+    async with connection.transaction():
+        await _move(connection, table, {place: (at, begin)})
+        await connection.execute(
+            "INSERT INTO sink_losses VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING", table.name, *place, at, begin
+        )
+
+
+async def _source(lines: Sequence[str]) -> AsyncIterator[bytes]:
+    yield "".join(lines).encode()
+
+
+_MOVE = """
+    UPDATE sink_offsets AS o SET next_offset = m.new
+    FROM unnest($2::text[], $3::int[], $4::bigint[], $5::bigint[]) AS m(topic, partition, expected, new)
+    WHERE o.sink = $1 AND o.topic = m.topic AND o.partition = m.partition AND o.next_offset = m.expected
+    RETURNING o.topic, o.partition
+"""
+
+
+async def _move(connection: asyncpg.Connection, table: Table, moves: Moves) -> None:
+    moved = await connection.fetch(
+        _MOVE,
+        table.name,
+        [place.topic for place in moves],
+        [place.partition for place in moves],
+        [expected for expected, _ in moves.values()],
+        [new for _, new in moves.values()],
+    )
+    if len(moved) != len(moves):
+        lost = set(moves) - {TopicPartition(row["topic"], row["partition"]) for row in moved}
+        raise Fenced(f"the offsets of {', '.join(f'{t}[{p}]' for t, p in sorted(lost))} are not ours")
+
+
+async def _tell(connection: asyncpg.Connection, channel: str, told: Sequence[str]) -> None:
+    """Listeners hear of it when, and only if, the transaction is committed."""
+    if len(told) > TOLD_ROWS:
+        told = [f'{{"many" : {len(told)}}}']
+    await connection.execute("SELECT pg_notify($1, row) FROM unnest($2::text[]) AS row", channel, told)

@@ -24,7 +24,9 @@ WATERMARK = Gauge("tapedeck_processor_watermark_seconds", "Last tick", ["partiti
 
 ROWS = Counter("tapedeck_sink_rows", "Rows written", ["table"])
 ROW_DUPLICATES = Counter("tapedeck_sink_duplicates", "Records dropped by a table's key or a bar's order", ["table"])
-UNDECODABLE = Counter("tapedeck_sink_undecodable", "Records that make no row, passed over", ["table"])
-COMMIT_SECONDS = Histogram("tapedeck_sink_commit_seconds", "Time of one transaction", ["table"])
+SINK_DEAD_LETTERS = Counter("tapedeck_sink_dead_letters", "Records kept in sink_dead_letters", ["table"])
+SINK_LOST = Counter("tapedeck_sink_lost_records", "Records that retention took before they were read", ["table"])
+COMMIT_SECONDS = Histogram("tapedeck_sink_commit_seconds", "Time of one batch's transaction", ["table"])
+NEWEST_ROW = Gauge("tapedeck_sink_newest_row_timestamp_seconds", "Feed time of the newest record written", ["table"])
 SINK_LAG = Gauge("tapedeck_sink_lag_records", "Records between the table and the end of its topic", ["table"])
 SINK_ERRORS = Counter("tapedeck_sink_errors", "Transactions that failed and were tried again", ["table"])
