@@ -15,6 +15,9 @@ log = structlog.get_logger()
 
 MIGRATION_S = 3600.0  # an index on a year of quotes takes its time, and so does moving it into chunks
 
+# A setting that is there when the library is loaded; shared_preload_libraries only superusers may read.
+LOADED = "SELECT current_setting('timescaledb.disable_load', true)"
+
 
 class Kept(NamedTuple):
     """Of a hypertable. A chunk should be a part of memory: a busy day has millions of trades and quotes."""
@@ -43,8 +46,7 @@ async def apply(connection: asyncpg.Connection, settings: Settings) -> None:
         "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = 'crypto_trades'::regclass"
     ):
         return
-    # A setting that is there when the library is loaded; shared_preload_libraries only superusers may read.
-    if await connection.fetchval("SELECT current_setting('timescaledb.disable_load', true)") is None:
+    if await connection.fetchval(LOADED) is None:
         await _views(connection)
         return
     await connection.execute("CREATE EXTENSION IF NOT EXISTS timescaledb")

@@ -1,14 +1,19 @@
 """Migrations: from nothing to the newest schema, whoever comes first and whatever dies."""
 
 import asyncio
+import contextlib
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from unittest.mock import AsyncMock
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -16,11 +21,11 @@ import pytest
 from conftest import until
 from pydantic import SecretStr
 
-from tapedeck import database
+from tapedeck import database, storage
 from tapedeck.errors import TapedeckError
 from tapedeck.settings import Settings
 
-PLAIN = {"sink_offsets", "gaps", "dead_letters", "quarantine", "exchanges"}
+PLAIN = {"sink_offsets", "sink_dead_letters", "sink_losses", "gaps", "dead_letters", "quarantine", "exchanges"}
 TABLES = PLAIN | {
     "crypto_trades",
     "crypto_quotes",
@@ -68,16 +73,211 @@ async def test_an_empty_database_gets_every_table_and_a_second_run_changes_nothi
     await connection.close()
 
 
-async def test_with_timescaledb_the_tables_of_events_are_hypertables(settings: Settings) -> None:
+async def test_every_table_and_column_says_what_it_is(settings: Settings) -> None:
     await database.prepare(settings)
     connection = await connected(settings)
-    try:
-        if not await connection.fetchval("SELECT count(*) FROM pg_extension WHERE extname = 'timescaledb'"):
-            pytest.skip("this PostgreSQL has no TimescaleDB")
-        names = await connection.fetch("SELECT hypertable_name FROM timescaledb_information.hypertables")
-        assert {row["hypertable_name"] for row in names} == TABLES - PLAIN
-    finally:
+    silent = await connection.fetch(
+        "SELECT c.relname, a.attname FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid "
+        "WHERE c.relnamespace = 'public'::regnamespace AND c.relname NOT LIKE '%yoyo%' AND c.relkind IN ('r', 'v') "
+        "AND (c.relkind = 'r' AND a.attnum > 0 AND NOT a.attisdropped AND col_description(c.oid, a.attnum) IS NULL "
+        "OR obj_description(c.oid) IS NULL)"
+    )
+    assert silent == []
+    await connection.close()
+
+
+async def insert_trade(connection: asyncpg.Connection, time: str, trade_id: str) -> None:
+    await connection.execute(
+        "INSERT INTO crypto_trades SELECT $1::text::timestamptz, 'BTC-USD', ns, ns, NULL, 61000.1, 0.5, 'buy', 1, $2, "
+        "'{}', '{}', 1, 0, 7 FROM (SELECT (extract(epoch FROM $1::text::timestamptz) * 1000000000)::bigint AS ns)",
+        time,
+        trade_id,
+    )
+
+
+async def insert_bar(connection: asyncpg.Connection, time: str, close: int, repair: int = 0) -> None:
+    """As a sink does. Its columns are those of the first migration, so that it works on an old schema too."""
+    await connection.execute(
+        'INSERT INTO crypto_aggregates (time, symbol, interval, start, "end", open, high, low, close, volume, vwap, '
+        "trade_count, buy_volume, sell_volume, status, repair, revision, flags, missing_ns, quality, source, fingerprint) "
+        "SELECT $1::text::timestamptz, 'BTC-USD', '1m', ns, ns + 60000000000, 1, 9, 1, $2, 2, 1.5, 3, 1, 1, 'final', $3, "
+        "0, '{}', 0, 1, 'trades', 'f' FROM (SELECT (extract(epoch FROM $1::text::timestamptz) * 1000000000)::bigint AS ns) "
+        "ON CONFLICT (symbol, interval, time) DO UPDATE SET close = excluded.close, repair = excluded.repair",
+        time,
+        close,
+        repair,
+    )
+
+
+async def test_a_database_of_the_first_release_keeps_its_rows(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = database.MIGRATIONS
+    for file in newest.glob("000[12].*.sql"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr(database, "MIGRATIONS", tmp_path)
+    monkeypatch.setattr(storage, "apply", AsyncMock())  # its tables are not there yet
+    await database.prepare(settings)
+    connection = await connected(settings)
+    await insert_trade(connection, "2026-11-01 10:00:00.123456Z", "a")
+    await insert_bar(connection, "2026-11-01 10:00Z", 5)
+    before = [await connection.fetch(f"SELECT * FROM {table}") for table in ("crypto_trades", "crypto_aggregates")]
+    monkeypatch.undo()
+    await database.prepare(settings)
+    after = [await connection.fetch(f"SELECT * FROM {table}") for table in ("crypto_trades", "crypto_aggregates")]
+    assert after == before
+    assert await connection.fetchval("SELECT close FROM crypto_aggregates_history") == 5
+    assert (await schema(settings)).keys() >= TABLES
+    await connection.close()
+
+
+async def test_one_role_writes_and_one_only_reads(settings: Settings) -> None:
+    await database.prepare(settings)
+    connection = await connected(settings)
+    await connection.execute("SET ROLE tapedeck_writer")
+    await insert_bar(connection, "2026-11-01 10:00Z", 5)
+    await connection.execute("INSERT INTO sink_losses VALUES ('crypto_trades', 'trades.v1', 0, 0, 1)")
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await connection.execute("DROP TABLE crypto_aggregates")
+    await connection.execute("SET ROLE tapedeck_reader")
+    for table in (*sorted(TABLES), "ohlcv", "bars_hourly", "bars_daily"):
+        await connection.execute(f"SELECT * FROM {table}")
+    assert await connection.fetchval("SELECT close FROM ohlcv") == 5
+    await connection.execute("SELECT * FROM get_latest_price('BTC-USD')")
+    for change in ("DELETE FROM crypto_aggregates", "INSERT INTO exchanges VALUES (99, 'x')", "CREATE TABLE mine ()"):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.execute(change)
+    await connection.close()
+
+
+BUCKETS = "SELECT time, open, high, low, close, volume, trade_count, minutes FROM {} ORDER BY time"
+
+
+async def test_hours_and_days_are_the_bars_that_stand(settings: Settings) -> None:
+    await database.prepare(settings)
+    connection = await connected(settings)
+    for minute, close in (("10:00", 5), ("10:59", 6), ("11:00", 7)):
+        await insert_bar(connection, f"2026-11-01 {minute}Z", close)
+    hours = await connection.fetch(BUCKETS.format("bars_hourly"))
+    ten = datetime(2026, 11, 1, 10, tzinfo=UTC)
+    assert [tuple(row) for row in hours] == [(ten, 1, 9, 1, 6, 4, 6, 2), (ten.replace(hour=11), 1, 9, 1, 7, 2, 3, 1)]
+    days = await connection.fetch(BUCKETS.format("bars_daily"))
+    assert [tuple(row) for row in days] == [(ten.replace(hour=0), 1, 9, 1, 7, 6, 9, 3)]
+    await connection.close()
+
+
+INDEXED = {
+    "latest": "SELECT * FROM {} WHERE symbol = 'A' ORDER BY time DESC LIMIT 1",
+    "range": "SELECT * FROM {} WHERE symbol = 'A' AND time >= '2026-11-01' AND time < '2026-11-02' ORDER BY time",
+    "as of": "SELECT * FROM {} WHERE symbol = 'A' AND time <= '2026-11-01' ORDER BY time DESC LIMIT 1",
+}
+
+
+@pytest.mark.parametrize("table", ["crypto_trades", "crypto_quotes", "crypto_aggregates", "anomalies"])
+async def test_what_people_ask_for_has_an_index_that_also_sorts(settings: Settings, table: str) -> None:
+    await database.prepare(settings)
+    connection = await connected(settings)
+    await connection.execute("SET enable_seqscan = off; SET enable_bitmapscan = off")
+    bars = table == "crypto_aggregates"
+    for name, query in INDEXED.items():
+        asked = query.replace("WHERE", "WHERE interval = '1m' AND" if bars else "WHERE").format(table)
+        plan = "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN {asked}"))
+        # Of a hypertable without chunks there is nothing to see.
+        assert "One-Time Filter: false" in plan or ("Index Scan" in plan and "Sort " not in plan), (name, plan)
+    await connection.close()
+
+
+@pytest.fixture
+async def timescale(settings: Settings) -> AsyncIterator[asyncpg.Connection]:
+    """A connection to the test's empty database on a server with TimescaleDB."""
+    connection = await connected(settings)
+    if await connection.fetchval("SELECT current_setting('timescaledb.disable_load', true)") is None:
         await connection.close()
+        pytest.skip("this PostgreSQL has no TimescaleDB")
+    yield connection
+    await connection.close()
+
+
+async def jobs(connection: asyncpg.Connection) -> set[tuple[str, str, str]]:
+    found = await connection.fetch(
+        "SELECT hypertable_name, proc_name, coalesce(config ->> 'drop_after', config ->> 'compress_after') AS age "
+        "FROM timescaledb_information.jobs WHERE proc_name IN ('policy_retention', 'policy_compression')"
+    )
+    return {tuple(row) for row in found}
+
+
+async def test_with_timescaledb_the_tables_of_events_are_hypertables_with_policies_as_set(
+    settings: Settings, timescale: asyncpg.Connection
+) -> None:
+    await database.prepare(settings)
+    names = await timescale.fetch("SELECT hypertable_name FROM timescaledb_information.hypertables")
+    assert {row["hypertable_name"] for row in names} >= TABLES - PLAIN
+    old = {(table, "policy_compression", "7 days") for table in TABLES - PLAIN}
+    keeping = ("crypto_trades", "crypto_quotes")
+    assert await jobs(timescale) == old | {(table, "policy_retention", "730 days") for table in keeping}
+    await database.prepare(settings.model_copy(update={"columnstore_after_days": 9, "trades_keep_days": 0}))
+    assert await jobs(timescale) == {(table, "policy_compression", "9 days") for table in TABLES - PLAIN}
+    await database.prepare(settings)
+    assert await jobs(timescale) == old | {(table, "policy_retention", "730 days") for table in keeping}
+
+
+async def test_timescaledb_may_come_to_a_database_that_began_without_it(
+    settings: Settings, timescale: asyncpg.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as without:
+        without.setattr(storage, "LOADED", "SELECT NULL")
+        for file in database.MIGRATIONS.glob("*.sql"):
+            text = file.read_text().replace("current_setting('timescaledb.disable_load', true)", "NULL")
+            (tmp_path / file.name).write_text(text)
+        without.setattr(database, "MIGRATIONS", tmp_path)
+        await database.prepare(settings)
+    assert not await timescale.fetchval("SELECT count(*) FROM pg_extension WHERE extname = 'timescaledb'")
+    for day in (1, 2, 3):
+        await insert_trade(timescale, f"2026-11-0{day} 10:00Z", "a")
+        await insert_bar(timescale, f"2026-11-0{day} 10:00Z", day)
+    queries = ["SELECT * FROM crypto_trades ORDER BY time", *(BUCKETS.format(name) for name in storage.AGGREGATES)]
+    before = [await timescale.fetch(query) for query in queries]
+    await timescale.close()
+    await database.prepare(settings)
+    again = await connected(settings)
+    assert [await again.fetch(query) for query in queries] == before
+    assert (
+        await again.fetchval(
+            "SELECT count(*) FROM timescaledb_information.chunks WHERE hypertable_name = 'crypto_trades'"
+        )
+        == 3
+    )
+    assert len(await jobs(again)) == len(storage.HYPERTABLES) + 2
+    await again.close()
+
+
+async def test_a_repair_of_a_compressed_hour_shows_in_the_aggregates_after_the_next_refresh(
+    settings: Settings, timescale: asyncpg.Connection
+) -> None:
+    await database.prepare(settings)
+    connection = await connected(settings)
+    for minute in ("10:00", "10:01", "12:00"):
+        await insert_bar(connection, f"2026-06-01 {minute}Z", 5)
+    job = await connection.fetchval(
+        "SELECT job_id FROM timescaledb_information.jobs WHERE proc_name = 'policy_refresh_continuous_aggregate' "
+        "AND hypertable_name = 'bars_hourly'"
+    )
+
+    async def refreshed() -> bool:
+        """Not while TimescaleDB does it by itself."""
+        with contextlib.suppress(asyncpg.LockNotAvailableError):
+            await connection.execute(f"CALL run_job({job})")
+            return True
+        return False
+
+    await until(refreshed)
+    for chunk in await connection.fetch("SELECT show_chunks('crypto_aggregates')::text"):
+        await connection.execute(f"CALL convert_to_columnstore('{chunk[0]}')")
+    await insert_bar(connection, "2026-06-01 10:01Z", 8, repair=1)
+    await until(refreshed)
+    assert await connection.fetchval("SELECT close FROM bars_hourly WHERE time = '2026-06-01 10:00Z'") == 8
+    assert await connection.fetchval("SELECT close FROM crypto_aggregates WHERE time = '2026-06-01 10:01Z'") == 8
+    await connection.close()
 
 
 async def test_who_owns_the_database_need_not_be_superuser(settings: Settings) -> None:
@@ -103,7 +303,7 @@ async def test_processes_that_migrate_at_once_do_not_disturb_each_other(settings
 
 SLOW = f"""
 import pathlib, tempfile
-from tapedeck import database
+from tapedeck import database, storage
 folder = pathlib.Path(tempfile.mkdtemp())
 for file in database.MIGRATIONS.glob("*.sql"):
     (folder / file.name).write_bytes(file.read_bytes())

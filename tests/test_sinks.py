@@ -2,17 +2,21 @@
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import os
 import re
 import signal
 import socket
+import subprocess
+import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -231,9 +235,9 @@ async def test_rows_are_the_events_value_by_value(settings: Settings, publish: P
     sent: dict[tables.Table, list[Any]] = {
         tables.TRADES: [
             trade(0, price=D("1000000000"), size=D("0.000000000000000001")),
-            trade(1, price=D("0.00000001"), size=D("100000000000000000000"), side="unknown", exchange=0),
+            trade(1, price=D("0.0000000001"), size=D("100000000000000000000"), side="unknown", exchange=0),
             trade(2**53 + 1, ts_event=START_NS + 999, ts_vendor=START_NS + 1, ts_recv=2**62),
-            trade(3, trade_id='🚀 "', conditions=[1, 2], flags=["late"], symbol="ETH-USD"),
+            trade(3, trade_id='🚀 "\\\t\n\\N', conditions=[1, 2], flags=["late", 'a "b\\c', ""], symbol="ETH-USD"),
         ],
         tables.QUOTES: [quote(0), quote(1, bid_size=None, ask_size=None, exchange=None, bid_price=D("1E-18"))],
         tables.VENDOR_BARS: [vendor_bar(0), vendor_bar(1, vwap=D("1.23456789012"))],
@@ -361,6 +365,54 @@ async def test_a_record_that_makes_no_row_is_kept_whole_with_the_reason_and_the_
         ("crypto_trades", topic, 5, 3 * n + 1, value) for n, value in enumerate(BAD.values())
     ]
     assert all(re.match(r"\w+Error\W", row["reason"]) for row in dead), [row["reason"] for row in dead]
+
+
+async def test_a_row_that_the_database_refuses_is_found_by_halving(
+    settings: Settings, publish: Publish, db: asyncpg.Connection
+) -> None:
+    """However late it says so: here after the offsets were moved."""
+    await db.execute("ALTER TABLE crypto_trades ADD CHECK (n <> 77)")
+    value = events.encode(trade(77))
+    await publish(topics.TRADES, 1, [trade(n) for n in range(77)])
+    await publish(topics.TRADES, 1, [value, *(trade(n) for n in range(78, 200))])
+    async with sinking(settings, "trades"):
+        await reaches(db, tables.TRADES, 200)
+    assert {n for _, n in await places(db, tables.TRADES)} == set(range(200)) - {77}
+    (dead,) = await db.fetch('SELECT "offset", value, reason FROM sink_dead_letters')
+    assert (dead["offset"], dead["value"]) == (77, value)
+    assert dead["reason"].startswith("CheckViolationError: ")
+
+
+async def test_listeners_hear_of_what_was_committed_and_of_a_flood_only_its_size(
+    settings: Settings, publish: Publish, db: asyncpg.Connection
+) -> None:
+    heard: list[tuple[str, Any]] = []
+    listener = await asyncpg.connect(settings.database_url.get_secret_value())
+    for channel in ("tapedeck_bars", "tapedeck_anomalies"):
+        await listener.add_listener(
+            channel, lambda _, __, where, told: heard.append((where, msgspec.json.decode(told)))
+        )
+    async with sinking(settings):
+        await publish(topics.BARS_1M, 0, [bar(0, 1)])
+        await reaches(db, tables.BARS, 1)
+        await publish(topics.BARS_1M, 0, [bar(0, 0), bar(0, 1), MARKER])  # nothing new
+        await reaches(db, tables.BARS, 4)
+        await publish(topics.ANOMALIES, 0, [ANOMALY])
+        await reaches(db, tables.ANOMALIES, 1)
+        history = [bar(start=START_NS + n * MINUTE_NS) for n in range(1, 3 * writer.TOLD_ROWS)]
+        await publish(topics.BARS_1M, 1, history)
+        await reaches(db, tables.BARS, 4 + len(history))
+
+    async def last() -> bool:
+        return bool(heard and "many" in heard[-1][1])
+
+    await until(last)
+    await listener.close()
+    new = {"symbol": "BTC-USD", "interval": "1m", "start": START_NS, "repair": 0, "revision": 1}
+    found = {"id": "a", "kind": "price_spike", "severity": "warning", "symbol": "BTC-USD", "ts_event": START_NS}
+    assert heard[:2] == [("tapedeck_bars", new), ("tapedeck_anomalies", found)]
+    assert sum(told.get("many", 1) for _, told in heard[2:]) == len(history)
+    assert len(heard) < writer.TOLD_ROWS
 
 
 # -- whatever dies --------------------------------------------------------------------------------
@@ -524,6 +576,75 @@ async def test_nothing_is_lost_when_the_database_is_killed_under_load(
         assert shell.health["crypto_quotes"] is None
 
 
+@pytest.fixture
+def small_disk(servers: Servers) -> Iterator[Path]:
+    """A file system of 24 MB that the database's server may write to."""
+    if servers.database is None:
+        pytest.skip("the database is not ours: it would not see the file system")
+    folder = Path(tempfile.mkdtemp(prefix="tapedeck-disk-"))
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=777", "tapedeck-test", folder], check=False)
+    try:
+        if mounted.returncode:
+            pytest.skip("this user may not mount a file system")
+        yield folder
+    finally:
+        if not mounted.returncode:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+        folder.rmdir()
+
+
+@pytest.fixture
+async def on_small_disk(settings: Settings, servers: Servers, small_disk: Path) -> AsyncIterator[Path]:
+    """The same, with the test's database on it."""
+    server = await asyncpg.connect(servers.postgres)
+    name, space = settings.database_url.get_secret_value().rpartition("/")[2], small_disk.name.replace("-", "_")
+    tables = os.stat(await server.fetchval("SHOW data_directory"))
+    os.chown(small_disk, tables.st_uid, tables.st_gid)
+    await server.execute(f"CREATE TABLESPACE {space} LOCATION '{small_disk}'")
+    await server.execute(f"ALTER DATABASE {name} SET TABLESPACE {space}")
+    yield small_disk
+    await server.execute(f"ALTER DATABASE {name} SET TABLESPACE pg_default")
+    await server.execute(f"DROP TABLESPACE {space}")
+    await server.close()
+
+
+async def test_a_full_disk_holds_the_rows_up_and_loses_none(
+    settings: Settings, on_small_disk: Path, load: Load
+) -> None:
+    await database.prepare(settings)
+    db = await asyncpg.connect(settings.database_url.get_secret_value())
+    async with sinking(settings, "quotes") as shell:
+        await load.burst()
+        await all_once(db, load)
+        with contextlib.suppress(OSError), (on_small_disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        await load.burst(1000)
+        await until(partial(says, shell, "database: DiskFullError"))
+        (on_small_disk / "filler").unlink()
+        await all_once(db, load)
+        assert shell.health["crypto_quotes"] is None
+    await db.close()
+
+
+async def test_a_slow_database_holds_up_the_reading_and_nothing_else(
+    settings: Settings, load: Load, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "SLOW_S", 0.5)
+    async with sinking(settings, "quotes", sink_batch_rows=100) as shell:
+        await load.burst()
+        await all_once(db, load)
+        async with db.transaction():
+            await db.execute("LOCK TABLE crypto_quotes IN SHARE MODE")
+            for _ in range(5):
+                await load.burst(100)
+            await until(partial(says, shell, "database: slow"))
+            (held,) = (len(it._gathered) for it in gc.get_objects() if isinstance(it, service.Sink) and it._positioned)
+            assert held <= 100
+        await all_once(db, load)
+        await until(partial(says, shell, None))
+
+
 async def test_a_writer_that_freezes_inside_its_transaction_holds_nobody_up_for_long(
     settings: Settings, publish: Publish, db: asyncpg.Connection
 ) -> None:
@@ -610,9 +731,10 @@ async def test_a_database_ahead_of_the_log_is_refused(
         await asyncio.wait_for(service.run(Shell(settings, "sink"), "trades"), 10)
 
 
-async def test_what_retention_took_is_passed_over(
+async def test_what_retention_took_is_passed_over_and_noted(
     settings: Settings, publish: Publish, db: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    before = counted("lost_records", tables.TRADES)
     await publish(topics.TRADES, 2, [trade(n) for n in range(5)])
     admin = AIOKafkaAdminClient(**settings.kafka_options())
     await admin.start()
@@ -623,6 +745,9 @@ async def test_what_retention_took_is_passed_over(
         await reaches(db, tables.TRADES, 5)
     assert await places(db, tables.TRADES) == {(0, 3), (0, 4)}
     assert "overtaken by retention" in capsys.readouterr().out
+    lost = await db.fetch("SELECT sink, topic, partition, from_offset, to_offset FROM sink_losses")
+    assert [tuple(row) for row in lost] == [("crypto_trades", *place, 0, 3)]
+    assert counted("lost_records", tables.TRADES) - before == 3
 
 
 class Watched(AIOKafkaConsumer):  # type: ignore[misc]
