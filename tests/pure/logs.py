@@ -18,6 +18,7 @@ from processors.settings import PipelineSettings
 from schemas.events import MINUTE_NS, NS_PER_MS, NS_PER_S
 from schemas.raw import GapValue, RawRecord, TickValue
 from schemas.wire import STREAMS
+from tapedeck.history import Entry
 
 PARTITION = 1
 PAIRS = ("BTC-USD", "SOL-USD", "XRP-USD")  # murmur2 puts all three there
@@ -431,22 +432,21 @@ def contents(outputs: Iterable[Output]) -> list[tuple[str, bytes | None, bytes]]
 
 
 class MemoryLog:
-    """A partition of the raw topic in a list, as `processors.rebuild` reads one."""
+    """A partition of the raw topic in a list, as tapedeck.history gives one."""
 
     def __init__(self, records: Sequence[RawRecord], begin: int = 0) -> None:
         self._records = records
-        self.begin = begin
+        self.begin, self.end = begin, len(records)
 
     async def timestamp_ms(self, offset: int) -> int:
         return self._records[offset].timestamp_ms
 
-    async def first_since(self, timestamp_ms: int) -> int | None:
-        """As Kafka answers: the first offset, in the order of offsets, whose time is not before."""
-        for offset in range(self.begin, len(self._records)):
-            if self._records[offset].timestamp_ms >= timestamp_ms:
-                return offset
-        return None
+    async def first_since(self, timestamp_ms: int) -> int:
+        later = (o for o in range(self.begin, self.end) if self._records[o].timestamp_ms >= timestamp_ms)
+        return next(later, self.end)
 
-    async def records(self, first: int, end: int) -> AsyncIterator[RawRecord]:
-        for record in self._records[first:end]:
-            yield record
+    async def batches(self, first: int, end: int) -> AsyncIterator[list[Entry]]:
+        yield [
+            Entry(r.partition, first + place, r.timestamp_ms, None, r.headers(), r.value)
+            for place, r in enumerate(self._records[first:end])
+        ]
