@@ -125,3 +125,6 @@ ALL = (
     QUARANTINE,
     LEASE,
 )
+
+#: What all else can be made from again.
+ARCHIVED = (RAW, RAW_REST)

@@ -8,7 +8,7 @@ from typing import Any
 
 import asyncpg
 import structlog
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import (
     KafkaError,
     KafkaTimeoutError,
@@ -17,6 +17,7 @@ from aiokafka.errors import (
 )
 
 from sinks import writer
+from sinks.assignment import Assignment
 from sinks.tables import ALL, Table
 from tapedeck import database, kafka, metrics
 from tapedeck.errors import TapedeckError, UsageError
@@ -36,18 +37,6 @@ SHOW_S = 1.0
 STALL_S = 30.0  # aiokafka's fetching has ended in silence (its issue 983): look whether nothing came for nothing
 
 
-class _Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
-    """`places` is what we are to read, a new set after each rebalance and None during one."""
-
-    places: set[TopicPartition] | None = None
-
-    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        self.places = None
-
-    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
-        self.places = set(assigned)
-
-
 #: A record, and the row it makes; None for a marker.
 _Entry = tuple[Any, str | writer.Refused | None]
 
@@ -64,7 +53,7 @@ class Sink:
         self._settings: Settings = shell.settings
         self._table = table
         self._topics = [self._settings.topic_prefix + topic.name for topic in table.topics]
-        self._assignment = _Assignment()
+        self._assignment = Assignment()
         self._connection: asyncpg.Connection | None = None
         self._positioned: set[TopicPartition] | None = None  # the assignment that the positions are for
         self._positions: dict[TopicPartition, int] = {}
@@ -315,9 +304,16 @@ async def run(shell: Shell, name: str) -> None:
 
 
 async def _work(shell: Shell, name: str) -> None:
-    await database.prepare(shell.settings)
+    tables = tables_of(name)
+    if tables:
+        await database.prepare(shell.settings)
     await kafka.prepare(shell.settings)
-    sinks = [asyncio.create_task(Sink(shell, table).run()) for table in tables_of(name)]
+    works = [Sink(shell, table).run() for table in tables]
+    if name == "archive" or (name == "all" and shell.settings.archive_url is not None):
+        from sinks.archive import ArchiveSink  # pyarrow takes its time to load, and only this needs it
+
+        works.append(ArchiveSink(shell).run())
+    sinks = [asyncio.create_task(work) for work in works]
     try:
         await asyncio.gather(*sinks)
     except KafkaError as error:

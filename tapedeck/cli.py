@@ -4,6 +4,7 @@ import asyncio
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -149,13 +150,16 @@ def process() -> int:
 
 @cli.command()
 @click.argument(
-    "name", type=click.Choice(["trades", "quotes", "bars", "audit", "all"]), metavar="trades|quotes|bars|audit|all"
+    "name",
+    type=click.Choice(["trades", "quotes", "bars", "audit", "archive", "all"]),
+    metavar="trades|quotes|bars|audit|archive|all",
 )
 def sink(name: str) -> int:
-    """Write topics into PostgreSQL, each event exactly once.
+    """Write topics into PostgreSQL, or the raw ones into the archive, each event exactly once.
 
     The tables are made, or migrated, at the start. `bars` writes our bars of all intervals
     and the vendor's, `audit` what says how far to trust the rest: anomalies, gaps, dead letters, quarantine.
+    `archive` needs no database: it writes Parquet files below ARCHIVE_URL, and is part of `all` where that is set.
     """
     from sinks import service
     from tapedeck.shell import run_service
@@ -329,4 +333,28 @@ def log(out: Path) -> int:
     logs.configure(settings, "log")
     count = asyncio.run(dump(settings, out))
     click.echo(f"{count:,} records in {out}", err=True)
+    return 0
+
+
+@cli.command()
+@click.argument("action", type=click.Choice(["compact"]), metavar="compact")
+def archive(action: str) -> int:
+    """Merge the small files of the archive, as its sink does by itself once an hour is past.
+
+    At any time, beside a running sink too. Nothing is lost when it is interrupted.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from schemas.topics import ARCHIVED
+    from sinks.merging import merge, mergeable
+    from tapedeck.archive import Archive
+
+    settings = _settings()
+    files = Archive(settings)
+    files.sweep(time.time())
+    hours = mergeable(span for topic in ARCHIVED for span in files.spans(settings.topic_prefix + topic.name))
+    for hour in track(sorted(hours), "merging", console=Console(stderr=True)):
+        merge(files, hour)
+    click.echo(f"{len(hours):,} hours of a partition were in several files and are in one", err=True)
     return 0

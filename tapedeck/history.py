@@ -4,9 +4,10 @@ Both give the same records under the same offsets, so whoever reads need not kno
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
@@ -15,7 +16,12 @@ from schemas.topics import Topic
 from tapedeck import kafka
 from tapedeck.errors import TapedeckError
 from tapedeck.settings import Settings
+from tapedeck.spans import HOUR_MS, Part, parts_of
 
+if TYPE_CHECKING:
+    from tapedeck.archive import Archive
+
+T = TypeVar("T")
 Source = Literal["kafka", "archive"]
 BATCH_RECORDS = 500
 
@@ -52,8 +58,10 @@ def open_history(
 ) -> AbstractAsyncContextManager[History]:
     """A partition of a topic, under the prefix of `settings`. Inside it TapedeckError is raised when the source cannot
     be read; UsageError where there is no such source."""
-    assert source == "kafka"
-    return _open_kafka(settings, TopicPartition(settings.topic_prefix + topic.name, partition))
+    name = settings.topic_prefix + topic.name
+    if source == "archive":
+        return _open_archive(settings, name, partition)
+    return _open_kafka(settings, TopicPartition(name, partition))
 
 
 @asynccontextmanager
@@ -100,3 +108,84 @@ class _Kafka:
                 yield entries
             position = await self._reader.position(self._place)
             await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def _open_archive(settings: Settings, topic: str, partition: int) -> AsyncIterator[History]:
+    from tapedeck.archive import Archive  # pyarrow takes its time to load, and few processes need it
+
+    try:
+        archive = Archive(settings)
+        log = _Archive(archive, topic, partition)
+        await log.look()
+        yield log
+    except OSError as error:
+        raise TapedeckError(f"the archive of {topic}[{partition}] cannot be read: {error}") from error
+
+
+class _Archive:
+    def __init__(self, archive: "Archive", topic: str, partition: int) -> None:
+        self._archive = archive
+        self._topic = topic
+        self._partition = partition
+        self._parts: list[Part] = []
+        self.begin = self.end = 0
+
+    async def look(self) -> None:
+        """Which files there are."""
+        spans = await asyncio.to_thread(self._archive.spans, self._topic)
+        self._parts = parts_of(span for span in spans if span.partition == self._partition)
+        if self._parts:
+            self.begin, self.end = self._parts[0].first, self._parts[-1].end
+
+    async def timestamp_ms(self, offset: int) -> int:
+        async for entries in self.batches(offset, offset + 1):
+            return entries[0].timestamp_ms
+        raise TapedeckError(f"the archive has no record {offset} of {self._topic}[{self._partition}]")
+
+    async def first_since(self, timestamp_ms: int) -> int:
+        for part in list(self._parts):
+            if timestamp_ms >= (part.span.hour + 1) * HOUR_MS:
+                continue
+            if timestamp_ms <= part.span.hour * HOUR_MS:
+                return part.first
+            async for entries in self.batches(part.first, part.end):
+                for entry in entries:
+                    if entry.timestamp_ms >= timestamp_ms:
+                        return entry.offset
+        return self.end
+
+    async def batches(self, first: int, end: int) -> AsyncIterator[list[Entry]]:
+        """Raises TapedeckError where the archive has a hole."""
+        position = first
+        vanished: Part | None = None
+        while position < end:
+            part = self._part(position, end)
+            try:
+                async for entries in _in_thread(self._archive.entries(part)):
+                    yield entries
+                    position = entries[-1].offset + 1
+            except FileNotFoundError:
+                if part == vanished:
+                    raise
+                vanished = part
+                await self.look()  # a merge took it: what it had is in another file now
+            else:
+                position = part.end
+
+    def _part(self, position: int, end: int) -> Part:
+        place = bisect_right(self._parts, position, key=lambda part: part.end)
+        part = self._parts[place] if place < len(self._parts) else None
+        if part is None or part.first > position:
+            until = min(end, part.first) if part else end
+            raise TapedeckError(
+                f"the archive has no records {position} to {until - 1} of {self._topic}[{self._partition}]: Kafka had "
+                "deleted them before they were archived. Choose a time before or after them, or --source kafka"
+            )
+        return Part(part.span, position, min(part.end, end))
+
+
+async def _in_thread(iterator: Iterator[T]) -> AsyncIterator[T]:
+    """What a blocking iterator gives."""
+    while (item := await asyncio.to_thread(next, iterator, None)) is not None:
+        yield item

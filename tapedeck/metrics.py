@@ -30,3 +30,4 @@ COMMIT_SECONDS = Histogram("tapedeck_sink_commit_seconds", "Time of one batch's 
 NEWEST_ROW = Gauge("tapedeck_sink_newest_row_timestamp_seconds", "Feed time of the newest record written", ["table"])
 SINK_LAG = Gauge("tapedeck_sink_lag_records", "Records between the table and the end of its topic", ["table"])
 SINK_ERRORS = Counter("tapedeck_sink_errors", "Transactions that failed and were tried again", ["table"])
+ARCHIVE_BYTES = Counter("tapedeck_sink_archive_bytes", "Bytes of the files that the archive sink wrote")

@@ -83,6 +83,16 @@ class Settings(BaseSettings):
         7, ge=1, description="With TimescaleDB: rows older than this go into the columnstore, a tenth of the size"
     )
 
+    archive_url: SecretStr | None = Field(
+        None,
+        description="Where `tapedeck sink archive` writes and --source archive reads: a folder, or what pyarrow's "
+        "filesystems reach, as s3://bucket/path; credentials as usual there, for S3 AWS_ACCESS_KEY_ID and so on",
+    )
+    archive_seconds: float = Field(60, gt=0, description="How long the archive waits for a file to fill")
+    archive_bytes: int = Field(
+        64 * 1024**2, ge=1, description="How much it holds in memory meanwhile, all partitions together"
+    )
+
     http_host: str = Field("127.0.0.1", description="Where /metrics and /health listen")
     http_port: int | None = Field(
         None, ge=0, le=65535, description="Their port; default: one for each kind of process, 0: any"

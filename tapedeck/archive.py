@@ -1,0 +1,207 @@
+"""The archive: raw topics as Parquet files, in a folder or an object store (docs/archive.md).
+
+Everything here blocks: call it in a thread.
+"""
+
+import contextlib
+import os
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from tapedeck.errors import TapedeckError, UsageError
+from tapedeck.history import Entry
+from tapedeck.settings import Settings
+from tapedeck.spans import Part, Span, folder_of, span_of
+
+# Names and types as any reader sees them; `topic`, `date` and `hour` come from the path.
+SCHEMA = pa.schema(
+    [
+        pa.field("partition", pa.int32(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("timestamp", pa.timestamp("ms", tz="UTC"), nullable=False),
+        pa.field("key", pa.binary()),
+        pa.field("headers", pa.map_(pa.string(), pa.binary())),
+        pa.field("value", pa.binary()),
+    ]
+)
+READ_ROWS = 500
+GROUP_BYTES = 8 * 1024**2  # of a row group, uncompressed: a reader of one record reads it whole
+COPY_BYTES = 8 * 1024**2
+ABANDONED_S = 24 * 3600  # files written aside that are older than this are nobody's any more
+
+
+class Damaged(TapedeckError):
+    """A file of the archive cannot be read for what is in it."""
+
+
+class Archive:
+    """The files below ARCHIVE_URL. Methods raise OSError."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises UsageError when there is no archive, or its address is none."""
+        if settings.archive_url is None:
+            raise UsageError("there is no archive: set ARCHIVE_URL to a folder, or to s3://bucket/path")
+        self._files, self._root = _filesystem(settings.archive_url.get_secret_value())
+        # A stream to an object store becomes a file when it is closed, whole or not at all, and there is no rename.
+        self._renames = self._files.type_name not in ("s3", "gcs")
+        self._local = self._files.type_name == "local"
+
+    def spans(self, topic: str) -> list[Span]:
+        """All files of a topic."""
+        return [span for span, _ in self._list(f"topic={topic}")]
+
+    def hour(self, topic: str, hour: int, partition: int) -> list[Span]:
+        """The files of a partition that lie in one hour."""
+        return [span for span, _ in self._list(folder_of(topic, hour)) if span.partition == partition]
+
+    def sizes(self, topic: str) -> dict[Span, int]:
+        """All files of a topic and their bytes."""
+        return dict(self._list(f"topic={topic}"))
+
+    def _list(self, folder: str) -> Iterator[tuple[Span, int]]:
+        where = fs.FileSelector(f"{self._root}/{folder}", allow_not_found=True, recursive=True)
+        for info in self._files.get_file_info(where):
+            span = span_of(info.path[len(self._root) + 1 :]) if info.is_file else None
+            if span is not None:
+                yield span, info.size
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def rows(self, part: Part, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows of a part, a few at a time, with all columns or these, of which `offset` must be one. Raises
+        FileNotFoundError when a merge has taken the file away, and Damaged."""
+        path = f"{self._root}/{part.span.path}"
+        try:
+            with self._files.open_input_file(path) as file:
+                yield from _rows(pq.ParquetFile(file), part, columns)
+        except pa.ArrowException as error:
+            raise Damaged(f"{path} of the archive is damaged, restore or remove it: {error}") from error
+
+    def entries(self, part: Part) -> Iterator[list[Entry]]:
+        """The records of a part, as `rows` gives them."""
+        return map(entries_of, self.rows(part))
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def put(self, span: Span, tables: Iterable[pa.Table | pa.RecordBatch]) -> int:
+        """Writes a file, whole or not at all, and returns its bytes. Again is harmless."""
+        folder = f"{self._root}/{span.folder}"
+        final = f"{self._root}/{span.path}"
+        self._files.create_dir(folder)
+        if not self._renames:
+            with tempfile.TemporaryFile() as spool:
+                size = _write(spool, tables)
+                spool.seek(0)
+                with self._files.open_output_stream(final) as out:
+                    while piece := spool.read(COPY_BYTES):
+                        out.write(piece)
+            return size
+        aside = f"{folder}/.{uuid.uuid4().hex}.tmp"
+        try:
+            with self._files.open_output_stream(aside) as out:
+                size = _write(out, tables)
+            if self._local:
+                _sync(aside)
+            self._files.move(aside, final)
+        except BaseException:
+            if self._files.get_file_info(aside).is_file:
+                self._files.delete_file(aside)
+            raise
+        return size
+
+    def remove(self, span: Span) -> None:
+        """Somebody else may have been faster."""
+        with contextlib.suppress(FileNotFoundError):
+            self._files.delete_file(f"{self._root}/{span.path}")
+
+    def sweep(self, now_s: float) -> None:
+        """Throws away what was written aside and left, by whom a crash ended."""
+        for info in self._files.get_file_info(fs.FileSelector(self._root, allow_not_found=True, recursive=True)):
+            if info.is_file and info.extension == "tmp" and info.mtime.timestamp() < now_s - ABANDONED_S:
+                self._files.delete_file(info.path)
+
+
+def table_of(entries: Sequence[Entry]) -> pa.Table:
+    partitions, offsets, timestamps, keys, headers, values = zip(*entries, strict=True)
+    columns = [partitions, offsets, timestamps, keys, headers, values]
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA
+    )
+
+
+def entries_of(batch: pa.RecordBatch) -> list[Entry]:
+    partitions, offsets, timestamps, keys, headers, values = batch.columns
+    pairs = list(zip(headers.keys.to_pylist(), headers.items.to_pylist(), strict=True))
+    bounds = headers.offsets.to_pylist()
+    return list(
+        map(
+            Entry,
+            partitions.to_pylist(),
+            offsets.to_pylist(),
+            timestamps.cast(pa.int64()).to_pylist(),
+            keys.to_pylist(),
+            (pairs[bounds[row] : bounds[row + 1]] for row in range(len(bounds) - 1)),
+            values.to_pylist(),
+        )
+    )
+
+
+def _rows(parquet: pq.ParquetFile, part: Part, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    place = parquet.schema_arrow.get_field_index("offset")
+    statistics = [parquet.metadata.row_group(group).column(place).statistics for group in range(parquet.num_row_groups)]
+    groups = [group for group, found in enumerate(statistics) if _overlaps(found, part)]
+    for batch in parquet.iter_batches(READ_ROWS, groups, columns=columns):
+        first, end = batch.column("offset").to_numpy().searchsorted([part.first, part.end])
+        if first < end:
+            yield batch.slice(first, end - first)
+
+
+def _overlaps(statistics: Any, part: Part) -> bool:
+    return bool(statistics.min < part.end and part.first <= statistics.max)
+
+
+def _write(out: IO[bytes] | pa.NativeFile, tables: Iterable[pa.Table | pa.RecordBatch]) -> int:
+    """The bytes of a Parquet file with these rows, in row groups of moderate size; returns their number."""
+    held: list[pa.Table] = []
+    repeating = ["partition", "headers.key_value.key"]
+    with pq.ParquetWriter(out, SCHEMA, compression="zstd", use_dictionary=repeating) as writer:
+        for table in tables:
+            if isinstance(table, pa.RecordBatch):
+                table = pa.Table.from_batches([table])
+            held.append(table)
+            if sum(each.nbytes for each in held) >= GROUP_BYTES:
+                writer.write_table(pa.concat_tables(held))
+                held.clear()
+        if held:
+            writer.write_table(pa.concat_tables(held))
+    return out.tell()
+
+
+def _sync(path: str) -> None:
+    """A name says what a file holds, so it must not be there before the bytes are, whatever the machine does."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _filesystem(url: str) -> tuple[fs.FileSystem, str]:
+    if "://" not in url:
+        return fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
+    try:
+        files, root = fs.FileSystem.from_uri(url)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        # Without its words: they have the address in them, which may have a key in it.
+        raise UsageError(
+            f"ARCHIVE_URL is no address that pyarrow can open ({type(error).__name__}): "
+            "give a folder, or s3://bucket/path"
+        ) from None
+    return files, root.rstrip("/")
