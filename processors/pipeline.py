@@ -4,6 +4,7 @@ Live running, recovery, replay, `tapedeck compute` and every test call `Pipeline
 nothing: records in, outputs out, and its whole state is a function of the records.
 """
 
+import contextlib
 from collections import Counter
 
 import msgspec
@@ -60,7 +61,8 @@ class TooFarAhead(Exception):
 
 class Pipeline:
     """The state of one partition. `run_in` takes up a log in its middle (see ResendFilter). `lost`: what came before
-    its first record was deleted, which makes a gap; `lost_since` says from when on, in ms, where it is known."""
+    its first record was deleted, which makes a gap; `lost_since` says from when on, in ms, where it is known. A replay
+    that began in the middle of its log is found out by its first record, and is both."""
 
     def __init__(
         self,
@@ -82,6 +84,7 @@ class Pipeline:
         self._fills_trades = settings.fills(topics.TRADES)
         self._fills_quotes = settings.fills(topics.QUOTES)
         self._lost, self._lost_since = lost, lost_since
+        self._untouched = not (run_in or lost)
         self._tick: int | None = None
         self._out: list[Output] = []
         self._at_ms = 0
@@ -110,6 +113,10 @@ class Pipeline:
             self._out, self._at_ms = [], record.timestamp_ms
             self._dead(record.value, record.reason, 0, FOREIGN_EPOCH, record.offset)
             return self._out
+        if self._untouched:
+            self._untouched = False
+            if _from_the_middle(record):
+                self._filter, self._lost = ResendFilter(RUN_IN_RECORDS), True
         verdict, hole = self._filter.judge(record)
         self.counts[verdict] += 1
         if verdict != "take":
@@ -166,6 +173,8 @@ class Pipeline:
                     self._trade(message, record.epoch, recv, n)
                 elif isinstance(message, str):
                     raise normalize.CannotNormalize(message)
+                elif isinstance(message, wire.LeftOut):
+                    self.counts["left_out"] += 1
                 else:
                     self._vendor_bar(message, record.epoch, recv, n)
             except (normalize.CannotNormalize, TooFarAhead) as error:
@@ -306,6 +315,16 @@ def _fresh(value: bytes) -> list[str] | None:
         return decode_tick_value(value).fresh
     except wire.DECODE_ERRORS:
         return None
+
+
+def _from_the_middle(record: RawRecord) -> bool:
+    """Whether a log that begins with the record is a replay of one that began earlier: it is no epoch's first, or that
+    of an epoch that was not the first, which every producer begins with a gap since the one before."""
+    if record.src != "replay":
+        return False
+    with contextlib.suppress(*wire.DECODE_ERRORS):
+        return record.n > 0 or (record.kind == "gap" and decode_gap_value(record.value).from_ is not None)
+    return False
 
 
 def _message(part: msgspec.Raw) -> wire.Message | str:

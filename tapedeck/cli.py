@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 if TYPE_CHECKING:
+    from tapedeck.history import Source
     from tapedeck.settings import Settings
 
 Existing = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -50,6 +51,25 @@ class Symbols(click.ParamType):
         if not symbols:
             self.fail("name at least one pair, like BTC-USD", param, ctx)
         return symbols
+
+
+class Moment(click.ParamType):
+    """A time in ISO 8601, UTC unless it says otherwise, or since the epoch in s, ms, µs or ns; becomes ns."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from datetime import UTC, datetime, timedelta
+
+        if value.isdecimal() and len(value) != 8:  # which is a date
+            unit = next((unit for unit in (10**9, 10**6, 10**3) if int(value) * unit < 10**19), 1)
+            return int(value) * unit
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError:
+            self.fail(f"{value!r} is no time like 2026-11-26, 2026-11-26T14:30 or 2026-11-26T14:30:00Z", param, ctx)
+        since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
+        return since // timedelta(microseconds=1) * 1000
 
 
 class FaultSpec(click.ParamType):
@@ -278,6 +298,39 @@ def demo(**options: Any) -> int:
     from tapedeck.demo import DemoOptions, run
 
     return run(_settings(symbols=options["symbols"]), DemoOptions(**options))
+
+
+@cli.command()
+@click.option("--from", "since", type=Moment(), required=True, help="The first time played, as 2026-11-26T14:30.")
+@click.option("--to", "until", type=Moment(), required=True, help="The time before which it ends.")
+@click.option("--symbols", type=Symbols(), help="Only these pairs; default: all.")
+@click.option("--speed", type=Speed(), default="max", show_default=True, help="Times real time, or max.")
+@click.option("--source", type=click.Choice(["kafka", "archive"]), default="kafka", show_default=True)
+@click.option("--prefix", default="replay.", show_default=True, help="Of the topics to play it onto.")
+def replay(since: int, until: int, symbols: list[str] | None, speed: float, source: "Source", prefix: str) -> int:
+    """Play history onto topics again, with its order, times and identities.
+
+    The topics are made as TOPIC_PREFIX names them, with the prefix given here in its place, and must be empty. Then
+
+    \b
+      TOPIC_PREFIX=replay. tapedeck process
+
+    makes of them what was made of the originals. A time is that of the records, which is the feed's.
+    """
+    from producers.replay import Wanted
+    from producers.replay import replay as play
+    from schemas.events import NS_PER_MS
+    from tapedeck import logs
+
+    if since >= until:
+        raise click.UsageError("--from must lie before --to")
+    settings = _settings()
+    logs.configure(settings, "replay")
+    wanted = frozenset(symbols or []) - {"*"}
+    want = Wanted(-(-since // NS_PER_MS), -(-until // NS_PER_MS), wanted, speed)
+    count = asyncio.run(play(settings, source, prefix, want))
+    click.echo(f"{count:,} records onto the topics under {prefix}", err=True)
+    return 0
 
 
 # -- the log without the line ---------------------------------------------------------------------
