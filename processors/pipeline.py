@@ -4,7 +4,6 @@ Live running, recovery, replay, `tapedeck compute` and every test call `Pipeline
 nothing: records in, outputs out, and its whole state is a function of the records.
 """
 
-import contextlib
 from collections import Counter
 
 import msgspec
@@ -28,7 +27,7 @@ from schemas.events import (
     encode,
     encode_ready,
 )
-from schemas.raw import Foreign, RawRecord, decode_gap_value, decode_tick_value, text_of
+from schemas.raw import REPLAY_BEGINS, Foreign, RawRecord, decode_gap_value, decode_tick_value, text_of
 
 _TRADES, _QUOTES = topics.TRADES.name, topics.QUOTES.name
 NO_HEADERS: list[tuple[str, bytes]] = []
@@ -62,7 +61,7 @@ class TooFarAhead(Exception):
 class Pipeline:
     """The state of one partition. `run_in` takes up a log in its middle (see ResendFilter). `lost`: what came before
     its first record was deleted, which makes a gap; `lost_since` says from when on, in ms, where it is known. A replay
-    that began in the middle of its log is found out by its first record, and is both."""
+    that began in the middle of the log says so in its first record, and is both."""
 
     def __init__(
         self,
@@ -115,7 +114,7 @@ class Pipeline:
             return self._out
         if self._untouched:
             self._untouched = False
-            if _from_the_middle(record):
+            if record.src == REPLAY_BEGINS:
                 self._filter, self._lost = ResendFilter(RUN_IN_RECORDS), True
         verdict, hole = self._filter.judge(record)
         self.counts[verdict] += 1
@@ -315,16 +314,6 @@ def _fresh(value: bytes) -> list[str] | None:
         return decode_tick_value(value).fresh
     except wire.DECODE_ERRORS:
         return None
-
-
-def _from_the_middle(record: RawRecord) -> bool:
-    """Whether a log that begins with the record is a replay of one that began earlier: it is no epoch's first, or that
-    of an epoch that was not the first, which every producer begins with a gap since the one before."""
-    if record.src != "replay":
-        return False
-    with contextlib.suppress(*wire.DECODE_ERRORS):
-        return record.n > 0 or (record.kind == "gap" and decode_gap_value(record.value).from_ is not None)
-    return False
 
 
 def _message(part: msgspec.Raw) -> wire.Message | str:

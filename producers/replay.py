@@ -19,8 +19,9 @@ from aiokafka.errors import KafkaError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from producers.replayed import replayed, wanted
+from producers.replayed import Headers, replayed, wanted
 from schemas import topics
+from schemas.raw import REPLAY, REPLAY_BEGINS
 from tapedeck import kafka
 from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.history import Entry, History, Source, open_history
@@ -52,6 +53,7 @@ class Stretch:
 
     def __init__(self, topic: topics.Topic, target: str, log: History, first: int, end: int) -> None:
         self.count = end - first
+        self._begins = first > 0
         self._topic = topic
         self._target = target
         self._position = first
@@ -84,7 +86,7 @@ class Stretch:
         for at_ms, entry in zip(self._times[:count], self._entries[:count], strict=True):
             headers, value = entry.headers, entry.value
             if self._topic is topics.RAW:
-                headers, value = replayed(headers, value, symbols)
+                headers, value = replayed(headers, value, symbols, self._src(headers))
             elif not wanted(headers, symbols):
                 continue
             due.append(Due(at_ms, (self._target, entry.partition), entry._replace(headers=headers, value=value)))
@@ -94,6 +96,14 @@ class Stretch:
             del self._times[:count]
         del self._entries[:count]
         return count, due
+
+    def _src(self, headers: Headers) -> str:
+        """What to call the source of a record: the first one of ours says that it is in the middle."""
+        found = dict(headers).get("src")
+        if found is None or not (self._begins or found == REPLAY_BEGINS.encode()):
+            return REPLAY
+        self._begins = False
+        return REPLAY_BEGINS
 
 
 async def replay(settings: Settings, source: Source, prefix: str, want: Wanted) -> int:

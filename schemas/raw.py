@@ -13,6 +13,10 @@ import orjson
 
 Runs = list[tuple[int, int]]
 
+# Where a record comes from, header `src`, beside `ws` for the vendor's WebSocket: a replay, and the first record of a
+# partition's replay that began in the middle of the log.
+REPLAY, REPLAY_BEGINS = "replay", "replay-begins"
+
 
 class RawRecord(NamedTuple):
     """One raw record. `n` numbers its first event within (epoch, partition); `recv` holds runs of

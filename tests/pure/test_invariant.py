@@ -14,11 +14,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from processors.compute import FILES, compute
-from processors.pipeline import Output, Pipeline
+from processors.pipeline import RUN_IN_RECORDS, Output, Pipeline
 from processors.rebuild import replay
 from processors.settings import PipelineSettings
 from processors.stages import RAW
-from schemas import topics
+from schemas import raw, topics
 from schemas.events import MINUTE_NS, NS_PER_MS
 from schemas.raw import RawRecord, log_line, read_log
 
@@ -195,6 +195,23 @@ class TestEveryLog:
                 rollups = {FILES[topic.name] for topic in topics.ROLLUPS.values()}
                 made = {path.name: path.read_bytes() for path in out.iterdir() if path.name not in rollups}
                 assert made == live
+
+    @given(scripts(lives), logs.lengths, logs.troubles, some_settings, st.integers(1, 1_000))
+    def test_a_replay_that_began_in_the_middle_gives_what_the_log_from_there_on_gives(
+        self, script: list[Step], lengths: list[int], trouble: list[Trouble], settings: PipelineSettings, at: int
+    ) -> None:
+        log = send(cut(epochs_of(script), lengths), trouble).log
+        first = at % len(log)
+        original = Pipeline(PARTITION, settings, RUN_IN_RECORDS, lost=True)
+        wanted = [output for record in log[first:] for output in original.process(record)]
+        src = [raw.REPLAY_BEGINS] + [raw.REPLAY] * len(log)
+        played = [record._replace(src=src) for record, src in zip(log[first:], src, strict=False)]
+        assert outputs_of(played, settings) == wanted
+        offset = len(played) * 2 // 3
+        one_pass = Pipeline(PARTITION, settings)
+        for record in played[:offset]:
+            one_pass.process(record)
+        assert rebuilt(played, offset, settings).state() == one_pass.state()
 
 
 class TestTheCounterexamples:
