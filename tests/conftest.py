@@ -299,6 +299,20 @@ async def flows(market: Market, seconds: float = 1.0) -> None:
     await until(more, 40)
 
 
+async def says(process: Process, words: str, timeout_s: float = 40) -> None:
+    """It has logged these words."""
+
+    async def said() -> bool:
+        return words in process.log.read_text()
+
+    await until(said, timeout_s)
+
+
+async def recording(producer: Process) -> None:
+    """It has taken up the log and listens to the feed: how long that takes is the machine's affair."""
+    await says(producer, '"event": "subscribed"')
+
+
 async def stopped(producer: Process) -> None:
     producer.popen.send_signal(signal.SIGTERM)
     began = time.monotonic()

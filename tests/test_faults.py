@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from conftest import RATE, Market, Process, Produce, flows, stopped, until
+from conftest import RATE, Market, Process, Produce, flows, recording, stopped, until
 
 from bench.scoring import Score, raw_log, score, spans_of
 from producers import service, session
@@ -113,7 +113,8 @@ async def test_killed_while_the_connection_is_half_open_and_nobody_knows_yet_all
     producer.popen.wait()
     assert "half open" not in producer.log.read_text()
     again = produce(streams=["XT", "XQ"])
-    await flows(market, 4)
+    await recording(again)
+    await flows(market)
     await stopped(again)
     found, _ = await scored(settings, market)
     assert set(found.gaps) == {"away"}

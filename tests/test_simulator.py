@@ -628,7 +628,7 @@ class TestMarket:
         minute = Minute(0)
         for t_ms, price in [(20, 120), (30, 131), (30, 132), (10, 111), (10, 112), (25, 125)]:
             minute.add(t_ms, price, 100_000_000)
-        bar = wire.decode_message(minute.encode("BTC-USD", 2))
+        bar = exact(minute.encode("BTC-USD", 2))
         assert isinstance(bar, wire.XA)
         assert [bar.o, bar.h, bar.l, bar.c] == [Decimal("1.11"), Decimal("1.32"), Decimal("1.11"), Decimal("1.32")]
         assert [bar.v, bar.z, bar.vw] == [6, 1, Decimal("1.218333")]
