@@ -29,7 +29,7 @@ from tapedeck.shell import Shell
 log = structlog.get_logger()
 
 LONGEST_RESEND_S = 5.0
-STOP_S = 2.5  # an orderly stop waits this long for Kafka to take the rest; then it stays in the journal
+STOP_S = 1.5  # an orderly stop waits this long for Kafka to take the rest; then it stays in the journal
 STATISTICS_S = 60.0
 MEASURE_S = 0.25
 SLOW_S = 5.0  # aiokafka itself tries on in silence for as long as the broker is away
