@@ -11,7 +11,7 @@ from aiokafka import TopicPartition
 
 from producers.split import split_frame
 from schemas import topics, wire
-from schemas.events import NS_PER_MS, NS_PER_S
+from schemas.events import NOTHING_MISSED, NS_PER_MS, NS_PER_S
 from schemas.partition import partition_of
 from schemas.raw import RawRecord, decode_gap_value, from_kafka
 from tapedeck import kafka
@@ -75,7 +75,7 @@ async def raw_log(settings: Settings) -> dict[int, list[RawRecord]]:
 
 
 def spans_of(log: Mapping[int, list[RawRecord]]) -> dict[int, list[Span]]:
-    """The marked gaps of each partition."""
+    """The marked gaps of each partition, but for those that were closed as empty."""
     spans: dict[int, list[Span]] = defaultdict(list)
     for partition, records in log.items():
         for record in records:
@@ -83,6 +83,8 @@ def spans_of(log: Mapping[int, list[RawRecord]]) -> dict[int, list[Span]]:
                 gap = decode_gap_value(record.value)
                 until = record.timestamp_ms * NS_PER_MS if gap.to is None else gap.to
                 spans[partition].append(Span(gap.from_ or 0, until, frozenset(gap.streams), gap.reason))
+        closed = {span[:3] for span in spans[partition] if span.reason == NOTHING_MISSED}
+        spans[partition] = [span for span in spans[partition] if span[:3] not in closed]
     return spans
 
 

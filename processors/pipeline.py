@@ -17,6 +17,7 @@ from processors.settings import PipelineSettings
 from schemas import topics, wire
 from schemas.events import (
     MINUTE_NS,
+    NOTHING_MISSED,
     NS_PER_MS,
     NS_PER_S,
     Bar,
@@ -248,7 +249,8 @@ class Pipeline:
 
     def _note(self, gap: Gap) -> None:
         self._bars.gap(gap, self._tick or 0)
-        self._anomalies.gap(gap, self._tick or 0)
+        if gap.reason != NOTHING_MISSED:  # it parts nothing
+            self._anomalies.gap(gap, self._tick or 0)
         self._emit(topics.GAPS, None, encode(gap))
 
     def _advance(self, tick: int, fresh: list[str] | None) -> None:

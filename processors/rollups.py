@@ -16,6 +16,7 @@ from schemas import topics, wire
 from schemas.events import (
     INTERVALS_NS,
     MINUTE_NS,
+    NOTHING_MISSED,
     NS_PER_MS,
     Bar,
     DeadLetter,
@@ -50,12 +51,14 @@ class BarRecord(NamedTuple):
 
 
 class _Gap(NamedTuple):
-    """A gap in trades; `pairs` None: all of them. Both ends belong to it."""
+    """A gap in trades, or the word that one of this stretch was empty; `pairs` None: all of them. Both ends belong
+    to it."""
 
     since: int
     to: int
     pairs: frozenset[str] | None
     start: bool
+    empty: bool
 
     def touches(self, start: int, end: int) -> bool:
         """Whether it lies in [start, end), be it with one moment."""
@@ -223,7 +226,7 @@ class Rollups:
         gaps = [gap for gap in self._gaps if gap.touches(start, end) and gap.concerns(symbol)]
         if gaps:
             unknown = ~(known >> (start - hours.start) // MINUTE_NS) & _minutes(0, end - start - 1)
-            added, missed_ns = _missed(gaps, start, end, unknown)
+            added, missed_ns = _missed(_still_open(gaps), start, end, unknown)
             marks |= added
             missing_ns += missed_ns
         return Bar(
@@ -294,7 +297,14 @@ def _check(event: Bar | MinuteClosed | MinuteEmpty, latest: int) -> None:
 
 def _gap_of(missed: Missed) -> _Gap:
     pairs = None if "*" in missed.pairs else frozenset(missed.pairs)
-    return _Gap(min(missed.from_ or 0, missed.to), missed.to, pairs, missed.reason == "start")
+    since = min(missed.from_ or 0, missed.to)
+    return _Gap(since, missed.to, pairs, missed.reason == "start", missed.reason == NOTHING_MISSED)
+
+
+def _still_open(gaps: Iterable[_Gap]) -> list[_Gap]:
+    """Without those whose stretch was said to be empty, and without that word."""
+    empty = {gap[:3] for gap in gaps if gap.empty}
+    return [gap for gap in gaps if gap[:3] not in empty]
 
 
 def _hours(start: int, end: int) -> range:

@@ -5,6 +5,7 @@ Times are integer nanoseconds since the epoch, UTC. Decimals are JSON numbers in
 """
 
 import re
+from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -149,6 +150,10 @@ class MinuteEmpty(msgspec.Struct, frozen=True, tag_field="kind", tag="minute_emp
     fingerprint: str
 
 
+#: The reason of a gap that closes another.
+NOTHING_MISSED = "empty"
+
+
 class Gap(msgspec.Struct, frozen=True):
     """A stretch of feed time, both ends included, in which events may have been missed.
 
@@ -166,6 +171,17 @@ class Gap(msgspec.Struct, frozen=True):
     epoch: int
     partition: int
     n: int
+
+
+def still_open(gaps: Iterable[Gap]) -> list[Gap]:
+    """Those in which something may have been missed: without the closed ones, and what closed them."""
+
+    def stretch(gap: Gap) -> object:
+        return gap.partition, gap.from_, gap.to, gap.streams, gap.pairs
+
+    gaps = list(gaps)
+    closed = [stretch(gap) for gap in gaps if gap.reason == NOTHING_MISSED]
+    return [gap for gap in gaps if stretch(gap) not in closed]
 
 
 class DeadLetter(msgspec.Struct, frozen=True):

@@ -73,6 +73,23 @@ async def test_an_empty_database_gets_every_table_and_a_second_run_changes_nothi
     await connection.close()
 
 
+async def test_a_gap_is_open_until_it_is_said_to_have_been_empty(settings: Settings) -> None:
+    await database.prepare(settings)
+    connection = await connected(settings)
+    insert = "INSERT INTO gaps VALUES (to_timestamp($2 / 1e9), $1, $2, $3, '{BTC-USD}', $4, 1, $5, $6)"
+    gaps = [
+        (None, 10**9, ["XT"], "start", 0, 0),
+        (2 * 10**9, 3 * 10**9, ["XT"], "silence", 0, 1),
+        (2 * 10**9, 3 * 10**9, ["XQ"], "silence", 0, 2),
+        (2 * 10**9, 3 * 10**9, ["XT"], "silence", 1, 1),
+        (2 * 10**9, 3 * 10**9, ["XT"], "empty", 0, 3),
+    ]
+    await connection.executemany(insert, gaps)
+    found = await connection.fetch("SELECT partition, n FROM open_gaps ORDER BY partition, n")
+    assert [tuple(row) for row in found] == [(0, 0), (0, 2), (1, 1)]
+    await connection.close()
+
+
 async def test_every_table_and_column_says_what_it_is(settings: Settings) -> None:
     await database.prepare(settings)
     connection = await connected(settings)

@@ -3,7 +3,7 @@
 from decimal import Decimal
 from typing import Literal
 
-from schemas.events import MINUTE_NS, Bar, Gap, Missed, Trade
+from schemas.events import MINUTE_NS, NOTHING_MISSED, Bar, Gap, Missed, Trade
 from schemas.numbers import EXACT, VWAP, ZERO, canonical
 
 _add, _fma = EXACT.add, EXACT.fma
@@ -80,6 +80,12 @@ class _SeenGap:
         )
 
 
+def _open(gaps: list[Gap]) -> list[Gap]:
+    """Those of which nobody has said that nothing was missed: such a word closes all gaps of its stretch."""
+    empty = [(gap.from_, gap.to, gap.pairs) for gap in gaps if gap.reason == NOTHING_MISSED]
+    return [gap for gap in gaps if (gap.from_, gap.to, gap.pairs) not in empty] if empty else gaps
+
+
 class Bars:
     """The minutes of one partition inside the lateness horizon.
 
@@ -127,7 +133,8 @@ class Bars:
             minute.late = True
 
     def gap(self, gap: Gap, tick: int) -> None:
-        """Notes a gap; `tick` is the last tick before it. Closed bars that it touches are revised."""
+        """Notes a gap, or the word that one was empty; `tick` is the last tick before it. Closed bars that it touches
+        are revised."""
         seen = _SeenGap(gap, tick)
         self._gaps.append(seen)
         if "XT" in gap.streams:
@@ -194,7 +201,7 @@ class Bars:
         self, symbol: str, start: int, minute: _Minute, status: Literal["forming", "final"], cut: int | None = None
     ) -> Bar:
         end = start + MINUTE_NS
-        gaps = [g.gap for g in self._gaps if g.touches(start, symbol)]
+        gaps = _open([g.gap for g in self._gaps if g.touches(start, symbol)])
         missing = [(start if g.from_ is None else max(g.from_, start), min(g.to, end)) for g in gaps]
         if cut is not None:
             missing.append((max(start, min(cut, end)), end))

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.live import Live
 
 from schemas import topics, wire
-from schemas.events import NS_PER_S
+from schemas.events import NS_PER_S, still_open
 from schemas.frames import read_frames
 from schemas.raw import bytes_of
 from tapedeck import embedded, kafka, logs
@@ -389,7 +389,7 @@ class Demo:
         last = max((gap.to for gap in watch.gaps.values() if gap.reason == "stop"), default=0)
         reconciler = Reconciler(
             tables,
-            watch.gaps.values(),
+            still_open(watch.gaps.values()),
             (bytes_of(letter.encoding, letter.payload) for letter in watch.dead.values()),
             (bytes_of(event.encoding, event.payload) for event in watch.quarantined.values()),
             last - self._settings.grace_ns,
@@ -460,7 +460,7 @@ def _result(report: Report | None, complaints: list[str], p50: float | None, p99
 def _gaps(watch: Watch) -> list[dict[str, Any]]:
     """The marked gaps, each once though every partition has it: in ns, the widest of them."""
     found: dict[tuple[int, str, int], dict[str, Any]] = {}
-    for gap in watch.gaps.values():
+    for gap in still_open(watch.gaps.values()):
         if gap.from_ is not None:
             one = found.setdefault(
                 (gap.epoch, gap.reason, gap.to),

@@ -94,13 +94,19 @@ class Hush(NamedTuple):
     reason: str = "reconnect"
 
 
+class NothingMissed(NamedTuple):
+    """The word that the gap `back` before the last one was empty."""
+
+    back: int
+
+
 class Crash(NamedTuple):
     """The producer dies and another takes over after `away_ms`."""
 
     away_ms: int
 
 
-Step = Wait | Trade | Quote | Aggregate | Odd | Bad | Hush | Crash
+Step = Wait | Trade | Quote | Aggregate | Odd | Bad | Hush | NothingMissed | Crash
 
 ODD = (
     b"5",
@@ -160,7 +166,8 @@ hushes = st.builds(
 oddities = st.one_of(
     st.builds(Odd, st.sampled_from(ODD)), st.builds(Bad, st.sampled_from([b"", b"[{", b"\xff\xfe", b"NaN"]))
 )
-market = st.one_of(trades, trades, trades, trades, waits, waits, quotes, aggregates, hushes, oddities)
+words = st.builds(NothingMissed, st.sampled_from([0, 0, 0, 1, 2]))
+market = st.one_of(trades, trades, trades, trades, waits, waits, quotes, aggregates, hushes, words, oddities)
 crashes = st.builds(Crash, st.sampled_from([200, 3_000, 2 * MINUTE, 20 * MINUTE, 5 * HOUR]))
 
 
@@ -191,6 +198,7 @@ class _Timeline:
         self.clock = self.tick = start_ms
         self.ids = 1_000
         self.atoms: list[Atom] = []
+        self.gaps: list[GapValue] = []  # as the pipeline understands them
 
     def play(self, script: Iterable[Step]) -> list[list[Atom]]:
         epochs = []
@@ -230,6 +238,10 @@ class _Timeline:
                 self._atom("bad", data)
             case Hush():
                 self._gap(step)
+            case NothingMissed(back):
+                gap = self.gaps[max(-len(self.gaps), -1 - back)]
+                self.tick = self.clock
+                self._atom("gap", msgspec.json.encode(msgspec.structs.replace(gap, reason="empty")))
 
     def _trade(self, step: Trade) -> None:
         anchor = {"clock": self.clock, "tick": self.tick, "minute": self.clock - self.clock % MINUTE}
@@ -271,6 +283,9 @@ class _Timeline:
         value = GapValue(since, until, list(step.streams), list(step.pairs), step.reason)
         self.tick = self.clock
         self._atom("gap", msgspec.json.encode(value))
+        to = self.clock * NS_PER_MS if until is None else min(until, self.clock * NS_PER_MS)
+        since = None if since is None else min(since, to)
+        self.gaps.append(msgspec.structs.replace(value, from_=since, to=to))
 
     def _atom(self, kind: str, data: bytes) -> None:
         recv = (self.clock + 45) * NS_PER_MS + len(self.atoms)

@@ -142,7 +142,9 @@ class Reference:
 
     def _bar(self, start: int, symbol: str, cut: int | None) -> dict[str, Any]:
         trades = sorted(self.trades[start, symbol], key=lambda seen: seen[:3])
-        gaps = self._touching(start, symbol)
+        noted = self._touching(start, symbol)
+        empty = [(word.since, word.to, word.pairs) for word in noted if word.reason == "empty"]
+        gaps = [gap for gap in noted if (gap.since, gap.to, gap.pairs) not in empty]
         end = start + MINUTE_NS
         missing = [(start if gap.since is None else max(start, gap.since), min(end, gap.to)) for gap in gaps]
         missing += [] if cut is None else [(cut, end)]

@@ -19,7 +19,11 @@ class Noted(NamedTuple):
     since: int
     to: int
     pairs: frozenset[str]
-    start: bool
+    reason: str
+
+    @property
+    def stretch(self) -> object:
+        return self.since, self.to, self.pairs
 
 
 class RollupReference:
@@ -50,7 +54,7 @@ class RollupReference:
                 self.newest[key] = record
             return []
         for gap in record["missed"]:
-            self.gaps.add(Noted(gap["from"] or 0, gap["to"], frozenset(gap["pairs"]), gap["reason"] == "start"))
+            self.gaps.add(Noted(gap["from"] or 0, gap["to"], frozenset(gap["pairs"]), gap["reason"]))
         oldest = (self.clock - 3 * DAY_NS - HOUR_NS) // HOUR_NS * HOUR_NS
         if record["end"] <= max(self.marker, oldest):
             return []
@@ -81,12 +85,14 @@ class RollupReference:
             return None
         flags = {flag for bar in bars for flag in bar["flags"]}
         missing_ns = 0
+        empty = [gap.stretch for gap in gaps if gap.reason == "empty"]
+        missed = [gap for gap in gaps if gap.stretch not in empty]
         for minute, record in enumerate(records):
             begin = start + minute * MINUTE_NS
             if record is None:
-                touching = [g for g in gaps if touches(g, begin, begin + MINUTE_NS, symbol)]
+                touching = [g for g in missed if touches(g, begin, begin + MINUTE_NS, symbol)]
                 flags |= {"partial"} if touching else set()
-                flags |= {"gap"} if any(not g.start for g in touching) else set()
+                flags |= {"gap"} if any(g.reason != "start" for g in touching) else set()
                 missing_ns += covered(touching, begin)
             elif record["kind"] == "bar":
                 missing_ns += record["missing_ns"]

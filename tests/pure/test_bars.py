@@ -82,6 +82,10 @@ def bars_of(outputs: list[Output]) -> list[dict[str, Any]]:
     return [decoded(output.value) for output in outputs if output.topic == topics.BARS_1M.name and output.key]
 
 
+def gaps_of(outputs: list[Output]) -> list[dict[str, Any]]:
+    return [decoded(output.value) for output in outputs if output.topic == topics.GAPS.name]
+
+
 def markers_of(outputs: list[Output]) -> list[int]:
     """Ends of closed minutes, ms after T0."""
     return [
@@ -449,6 +453,39 @@ class TestGaps:
         (bar,) = tape.gap(3 * HOUR, 30_000)
         assert (bar["revision"], bar["flags"], bar["missing_ns"]) == (0, ["partial", "gap"], 30_000 * NS_PER_MS)
 
+    def test_a_gap_in_which_nothing_was_missed_is_taken_back(self) -> None:
+        tape = Tape()
+        tape.trade(1_000)
+        tape.gap(40_000, 30_000, "silence", streams=["XT"])
+        (before,) = tape.tick(62_000)
+        assert (before["flags"], before["missing_ns"], before["revision"]) == (["partial", "gap"], 10 * NS_PER_S, 0)
+        other = tape.gap(63_000, 20_000, "empty", to=-23_000, streams=["XT"])
+        assert [bar["missing_ns"] for bar in other] == [10 * NS_PER_S]  # another stretch is no word about this one
+        (after,) = tape.gap(64_000, 30_000, "empty", to=-24_000, streams=["XT"])
+        assert (after["flags"], after["missing_ns"], after["quality"], after["revision"]) == ([], 0, 1, 2)
+        assert [gap["reason"] for gap in gaps_of(tape.outputs)] == ["start", "silence", "empty", "empty"]
+        assert [
+            output for output in tape.outputs if output.topic == topics.ANOMALIES.name and b"empty" in output.value
+        ] == []
+
+    def test_another_gap_that_touches_the_same_bar_stays(self) -> None:
+        tape = Tape()
+        tape.trade(1_000)
+        tape.gap(20_000, 10_000)
+        tape.gap(40_000, 30_000, "silence", streams=["XT"])
+        tape.gap(50_000, 30_000, "empty", to=-10_000, streams=["XT"])
+        (bar,) = tape.tick(62_000)
+        assert (bar["flags"], bar["missing_ns"], bar["revision"]) == (["partial", "gap"], 10 * NS_PER_S, 0)
+
+    def test_a_first_late_trade_counts_the_gap_and_its_closing(self) -> None:
+        tape = Tape()
+        tape.tick(62_000)
+        tape.gap(63_000, 30_000, "silence", to=-20_000, streams=["XT"])
+        tape.gap(64_000, 30_000, "empty", to=-21_000, streams=["XT"])
+        tape.early(45_000)
+        (bar,) = tape.tick(65_000)
+        assert (bar["flags"], bar["missing_ns"], bar["revision"]) == (["late"], 0, 3)
+
     def test_a_gap_is_published_with_the_identity_of_its_record(self) -> None:
         tape = Tape()
         tape.gap(63_000, 1_000)
@@ -503,7 +540,7 @@ widest = st.builds(
     st.integers(1, 10**40 - 1),
     st.integers(-18, 20),
 )
-steps = st.one_of(logs.trades, logs.trades, logs.trades, logs.waits, logs.waits, logs.quotes, logs.hushes)
+steps = st.one_of(logs.trades, logs.trades, logs.trades, logs.waits, logs.waits, logs.quotes, logs.hushes, logs.words)
 
 
 class TestForming:

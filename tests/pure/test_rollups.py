@@ -176,6 +176,16 @@ class TestWhatWasMissed:
         assert after["flags"] == ["partial", "gap", "repaired"]
         assert ((before["repair"], before["revision"]), (after["repair"], after["revision"])) == ((0, 2), (4, 3))
 
+    def test_a_gap_that_was_empty_is_taken_back_and_raises_the_order(self) -> None:
+        tape = Tape()
+        tape.put(bar(0))
+        before = tape.close(5, missed(1, 3), missed(2, 4))[0]
+        after = tape.close(6, missed(1, 3, reason="empty"))[0]
+        assert (before["missing_ns"], after["missing_ns"]) == (3 * MINUTE_NS, 2 * MINUTE_NS)
+        last = tape.close(7, missed(2, 4, reason="empty"))[0]
+        assert (last["missing_ns"], last["flags"], last["quality"]) == (0, [], 1)
+        assert (before["revision"], after["revision"], last["revision"]) == (3, 4, 5)
+
     def test_a_gap_that_comes_afterwards_raises_the_order_also_where_it_touches_only_empty_minutes(self) -> None:
         tape = Tape()
         tape.put(bar(0))
@@ -334,6 +344,12 @@ class Gap(NamedTuple):
     reason: str = "reconnect"
 
 
+class NothingMissed(NamedTuple):
+    """The word that the gap `back` before the last one was empty."""
+
+    back: int
+
+
 class Again(NamedTuple):
     """A stretch of the log once more: `count` records, `back` records ago."""
 
@@ -345,7 +361,7 @@ class Junk(NamedTuple):
     data: bytes
 
 
-Step = Wait | Minute | Gap | Again | Junk
+Step = Wait | Minute | Gap | NothingMissed | Again | Junk
 
 waits = st.builds(
     Wait,
@@ -369,9 +385,10 @@ gaps = st.builds(
     st.sampled_from([("*",), PAIRS[:1], ("ETH-USD",)]),
     st.sampled_from(["reconnect", "start", "away"]),
 )
+words = st.builds(NothingMissed, st.sampled_from([0, 0, 1, 2]))
 again = st.builds(Again, st.integers(1, 12), st.integers(1, 6))
 junk = st.builds(Junk, st.sampled_from([b"", b"{}", encode(bar(99 * DAY))]))
-steps = st.one_of(waits, waits, waits, live, live, live, live, repairs, gaps, again, junk)
+steps = st.one_of(waits, waits, waits, live, live, live, live, repairs, gaps, words, again, junk)
 scripts = st.one_of(st.lists(steps, max_size=12), st.lists(steps, min_size=25, max_size=50))
 
 
@@ -404,6 +421,7 @@ def minute_of(step: Minute, minute: int) -> Bar | MinuteEmpty:
 def log_of(script: Iterable[Step]) -> list[BarRecord]:
     """The log; it begins at a quarter past six. Nothing comes again after more than an hour."""
     now, gaps, log = 6 * HOUR + 15, [missed(None, 6 * HOUR + 15, reason="start")], []
+    noted = [*gaps]
     for step in script:
         match step:
             case Wait(minutes, marker):
@@ -417,6 +435,9 @@ def log_of(script: Iterable[Step]) -> list[BarRecord]:
             case Gap(back, minutes, pairs, reason):
                 since = None if back is None else now - back
                 gaps.append(missed(since, now if since is None else min(now, since + minutes), pairs, reason))
+                noted.append(gaps[-1])
+            case NothingMissed(back):
+                gaps.append(msgspec.structs.replace(noted[max(-len(noted), -1 - back)], reason="empty"))
             case Again(back, count):
                 oldest = (T0 + (now - HOUR) * MINUTE_NS) // NS_PER_MS
                 stretch = log[-back:][:count]
