@@ -1,7 +1,11 @@
 """Where the raw log stands: what a starting producer goes on from, and what of a journal is in it already."""
 
+import contextlib
+from collections.abc import AsyncGenerator, Iterable
+
 from aiokafka import TopicPartition
 
+from producers.silences import still_silent
 from producers.slicer import Resume
 from schemas import topics
 from schemas.raw import NotARawRecord, RawRecord, from_kafka
@@ -23,17 +27,48 @@ class LogEnd:
         last = self._last.get(record.partition)
         return last is not None and (record.epoch, record.n) <= (last.epoch, last.n)
 
-    def resume(self) -> Resume | None:
+    @property
+    def clock_ms(self) -> int:
+        return max((record.timestamp_ms for record in self._last.values()), default=0)
+
+    def resume(self, silent: dict[str, int]) -> Resume | None:
         """None where the log is empty."""
         if not self._last:
             return None
         newest = max(self._last.values(), key=lambda record: (record.epoch, record.timestamp_ms))
-        return Resume(
-            self.epoch,
-            max(record.timestamp_ms for record in self._last.values()),
-            newest.recv[-1][0],
-            [self._last[p].timestamp_ms if p in self._last else None for p in range(topics.PARTITIONS)],
-        )
+        last_ms = [self._last[p].timestamp_ms if p in self._last else None for p in range(topics.PARTITIONS)]
+        return Resume(self.epoch, self.clock_ms, newest.recv[-1][0], last_ms, silent=silent)
+
+
+async def read_silences(settings: Settings, end: LogEnd) -> dict[str, int]:
+    """The streams that were silent at the log's end, and since when (ns): its last tick knows. Raises KafkaError."""
+    second_ms = end.clock_ms - end.clock_ms % 1000
+    async with contextlib.aclosing(records_since(settings, range(topics.PARTITIONS), second_ms)) as records:
+        return still_silent([record async for record in records if record.epoch == end.epoch])
+
+
+async def records_since(settings: Settings, numbers: Iterable[int], since_ms: int) -> AsyncGenerator[RawRecord]:
+    """What stands in these partitions now from a time on, in the order of each. Raises KafkaError."""
+    topic = settings.topic_prefix + topics.RAW.name
+    places = [TopicPartition(topic, number) for number in numbers]
+    reader = await kafka.consumer(settings, *places)
+    reader.pause(*places)
+    try:
+        ends = await reader.end_offsets(places)
+        found = await reader.offsets_for_times(dict.fromkeys(places, since_ms))
+        waiting = {place for place, first in found.items() if first is not None and first.offset < ends[place]}
+        for place in waiting:
+            reader.seek(place, found[place].offset)
+        reader.resume(*waiting)
+        while waiting:
+            for place, records in (await reader.getmany(*waiting, timeout_ms=500)).items():
+                for record in records:
+                    with contextlib.suppress(NotARawRecord):
+                        yield from_kafka(record.partition, record.timestamp, record.headers, record.value)
+                if records[-1].offset >= ends[place] - 1:
+                    waiting.discard(place)
+    finally:
+        await reader.stop()
 
 
 async def read_log_end(settings: Settings) -> LogEnd:

@@ -4,21 +4,23 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import structlog
 from aiokafka.errors import KafkaError
 
 from producers.journal import Journal, JournalFull
 from producers.lease import SESSION_S, Lease, claim_epoch
+from producers.proof import nothing_missed, provable
 from producers.protocol import pairs_of, params_of
-from producers.resume import LogEnd, read_log_end
+from producers.rest import Rest, RestError
+from producers.resume import LogEnd, read_log_end, read_silences
 from producers.session import Ear, jitter
-from producers.slicer import Resume, Slicer, SlicerSettings
+from producers.slicer import Resume, Slicer, SlicerSettings, Suspicion
 from producers.split import Item
-from schemas import topics
+from schemas import topics, wire
 from schemas.events import NS_PER_MS, NS_PER_S
 from schemas.raw import RawRecord
 from tapedeck import kafka, metrics
@@ -27,6 +29,7 @@ from tapedeck.settings import Settings
 from tapedeck.shell import Shell
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 LONGEST_RESEND_S = 5.0
 STOP_S = 1.5  # an orderly stop waits this long for Kafka to take the rest; then it stays in the journal
@@ -34,6 +37,8 @@ STATISTICS_S = 60.0
 MEASURE_S = 0.25
 SLOW_S = 5.0  # aiokafka itself tries on in silence for as long as the broker is away
 NEVER = 2**63
+SETTLE_S = 5.0  # REST, and the log, have what came at a silence's end
+MOST_SUSPICIONS = 100
 ROOM_S = 1.0  # a full journal is tried again this often
 
 
@@ -71,6 +76,7 @@ class Producer:
         self._clock_at = time.monotonic_ns()
         self._failed_rounds = 0
         self._events: Counter[str] = Counter()  # of slicers before this one
+        self._suspicions: asyncio.Queue[Suspicion] = asyncio.Queue(MOST_SUSPICIONS)
 
     async def run(self, lease: Lease, keeping: asyncio.Task[None]) -> None:
         """Until stopped or the lease is lost. Raises UsageError when the key or all subscriptions are refused."""
@@ -91,7 +97,7 @@ class Producer:
             if not taking_up.done():
                 return
             reading = start(self._ear.listen())
-            for work in (self._raise(), self._tell(), self._measure()):
+            for work in (self._raise(), self._tell(), self._measure(), self._prove()):
                 start(work)
             tasks.remove(taking_up)
             await self._shell.until_stopped(*tasks)
@@ -115,7 +121,7 @@ class Producer:
     async def _take_up(self, lease: Lease, start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]) -> None:
         """Sends what a former process left, with its old epoch, finds out where the log then stands, and claims the
         next epoch."""
-        await self._read_log_end()
+        self._log_end = await self._from_kafka(read_log_end)
         self._claimed = self._log_end.claims
         lease.records(self._log_end.epoch + 1)
         with contextlib.suppress(KafkaError, OSError):
@@ -135,21 +141,25 @@ class Producer:
                 empty.cancel()
             if publishing.done():
                 publishing.result()
-            await self._read_log_end()
+            self._log_end = await self._from_kafka(read_log_end)
         at_least = max(self._log_end.epoch, self._journal.epoch) + 1
         self._claimed = await claim_epoch(self._settings, at_least, self._journal.name)
-        self._slicer = self._new_slicer(self._log_end.resume(), self._claimed)
+        self._slicer = self._new_slicer(await self._from_kafka(self._read_resume), self._claimed)
         lease.records(self._claimed)
         log.info("recording", epoch=self._slicer.epoch, streams=self._streams, pairs=self._pairs)
 
-    async def _read_log_end(self) -> None:
+    async def _read_resume(self, settings: Settings) -> Resume | None:
+        return self._log_end.resume(await read_silences(settings, self._log_end))
+
+    async def _from_kafka(self, read: Callable[[Settings], Awaitable[T]]) -> T:
         try:
             async for attempt in kafka.retrying(self._settings, "Kafka", kafka.passing):
                 with attempt:
-                    self._log_end = await read_log_end(self._settings)
+                    return await read(self._settings)
         except (KafkaError, OSError) as error:
             where = self._settings.kafka_bootstrap_servers
             raise TapedeckError(f"Kafka at {where} cannot be read (KAFKA_BOOTSTRAP_SERVERS): {error}") from error
+        raise AssertionError("either read or failed")
 
     def _new_slicer(self, resume: Resume | None, epoch: int | None = None) -> Slicer:
         self._tail = resume
@@ -233,6 +243,8 @@ class Producer:
         records = self._slicer.take()
         if not records:
             return
+        for gap in self._slicer.suspicions():
+            self._doubt(gap)
         if self._full and time.monotonic() < self._try_again_at:
             self._drop(records)
             return
@@ -264,6 +276,37 @@ class Producer:
         self._slicer = self._new_slicer(resume)
         if connected:
             self._slicer.connected(self.clock())
+
+    # -- gaps in which perhaps nothing was missed ---------------------------------------------------
+
+    def _doubt(self, gap: Suspicion) -> None:
+        if provable(gap, self._pairs):
+            try:
+                self._suspicions.put_nowait(gap)
+            except asyncio.QueueFull:
+                log.warning("too many silences to ask REST about: this one stays a gap", streams=gap.streams)
+
+    async def _prove(self) -> None:
+        """Asks REST about one suspected silence after the other, and closes those in which nothing was missed."""
+        async with Rest(self._settings) as rest:
+            while True:
+                gap = await self._suspicions.get()
+                await asyncio.sleep(SETTLE_S)
+                told = {"streams": gap.streams, "seconds": round((gap.to - gap.since) / NS_PER_S, 3)}
+                try:
+                    empty = await nothing_missed(self._settings, rest, gap, self._pairs)
+                except (RestError, KafkaError, OSError, *wire.DECODE_ERRORS) as error:
+                    log.warning("whether a silence was one cannot be told: it stays a gap", error=str(error), **told)
+                    metrics.SILENCES.labels("unknown").inc()
+                    continue
+                metrics.SILENCES.labels("empty" if empty else "open").inc()
+                if not empty:
+                    log.info("REST does not show that a silence was one: it stays a gap", **told)
+                    continue
+                while not self._slicer.nothing_missed(gap, self.clock()):
+                    await asyncio.sleep(1)
+                self._pump()
+                log.info("nothing was missed in a silence: its gap is closed", **told)
 
     async def _publish(self) -> None:
         """In file order, one round in flight; after a failure everything from the acknowledged mark on that is

@@ -13,7 +13,7 @@ import msgspec
 from producers.clock import HOLD_EVENTS, HOLD_NS, Claim, FeedClock
 from producers.rhythm import Rhythm
 from producers.split import Item
-from schemas.events import NS_PER_MS, NS_PER_S
+from schemas.events import NOTHING_MISSED, NS_PER_MS, NS_PER_S
 from schemas.partition import partition_of
 from schemas.raw import GapValue, RawRecord, Runs, TickValue
 from schemas.topics import PARTITIONS
@@ -34,13 +34,23 @@ class SlicerSettings(msgspec.Struct, frozen=True):
 
 class Resume(msgspec.Struct, frozen=True):
     """Where the log stands: highest epoch, feed clock and receive time of the newest record, and the
-    timestamp of each partition's last record (ms; None where there is none). `reason`: of the gap since then."""
+    timestamp of each partition's last record (ms; None where there is none). `reason`: of the gap since then;
+    `silent`: streams that were silent then and may have been missed for longer, since when (ns)."""
 
     epoch: int
     clock_ms: int
     recv_ns: int
     last_ms: list[int | None]
     reason: str = "away"
+    silent: dict[str, int] = {}
+
+
+class Suspicion(NamedTuple):
+    """A gap in which perhaps nothing was missed; both ends in ns, as its records have them."""
+
+    since: int
+    to: int
+    streams: list[str]
 
 
 LAGGING = ("XA", "XAS")  # their time is their start: a minute behind, where trades or quotes tell better
@@ -62,6 +72,27 @@ class _Pending(NamedTuple):
     reason: str
     streams: list[str]
     since: list[int | None]
+
+
+def _away(resume: Resume, streams: Iterable[str]) -> list[_Pending]:
+    """The gaps since the log's end; of streams that were silent then, stalls since they were last heard."""
+    since = [None if ms is None else ms * NS_PER_MS for ms in resume.last_ms]
+    others = [stream for stream in streams if stream not in resume.silent]
+    stalls = [
+        _Pending("stall", [stream], [at and min(at, resume.silent[stream]) for at in since])
+        for stream in streams
+        if stream in resume.silent
+    ]
+    return _trades_first([*stalls, _Pending(resume.reason, others, since)] if others else stalls)
+
+
+def _trades_first(gaps: Iterable[_Pending]) -> list[_Pending]:
+    """A gap is a tick, and what closes at it must know of the gap."""
+    return sorted(gaps, key=lambda gap: "XT" not in gap.streams)
+
+
+def _whole_ms(ns: int) -> int:
+    return ns - ns % NS_PER_MS
 
 
 def _claim(head: Head | None, recv: int) -> Claim:
@@ -99,15 +130,28 @@ class Slicer:
         self.counts: Counter[str] = Counter()
         """Events so far, by subscribed stream; all else is `other`."""
         self._out: list[RawRecord] = []
-        since: list[int | None] = [None] * PARTITIONS
-        if resume:
-            since = [None if ms is None else ms * NS_PER_MS for ms in resume.last_ms]
-        self._gaps = [_Pending(resume.reason if resume else "start", self._streams, since)]
+        self._suspicions: list[Suspicion] = []
+        self._gaps = _away(resume, self._streams) if resume else [_Pending("start", self._streams, [None] * PARTITIONS)]
 
     def take(self) -> list[RawRecord]:
         """The records made since the last call, in the order they must be published."""
         out, self._out = self._out, []
         return out
+
+    def suspicions(self) -> list[Suspicion]:
+        """The gaps since the last call that were made only because streams were silent."""
+        out, self._suspicions = self._suspicions, []
+        return out
+
+    def nothing_missed(self, gap: Suspicion, now: int) -> bool:
+        """Closes a gap that was suspected. False: not while another one is pending."""
+        if self._gaps:
+            return False
+        for partition in list(self._open):
+            self._close(partition)
+        for partition in range(PARTITIONS):
+            self._emit_gap(partition, gap.streams, gap.since, gap.to, NOTHING_MISSED, now)
+        return True
 
     # -- what happens to the connection ------------------------------------------------------------
 
@@ -132,20 +176,24 @@ class Slicer:
         self._unproven.clear()
 
     def _missed_since(self, reason: str, now: int, stalled: Container[str] = ()) -> list[_Pending]:
-        """From when on each stream may have been missed, if nothing that comes is heard any more."""
+        """The gaps that begin if nothing that comes is heard any more."""
         groups: dict[tuple[str, int | None], list[str]] = {}
+        for stream, since in self._proven(now).items():
+            stall = stream in self._unproven or stream in stalled
+            groups.setdefault(("stall" if stall else reason, since), []).append(stream)
+        return _trades_first(_Pending(why, of, [since] * PARTITIONS) for (why, since), of in groups.items())
+
+    def _proven(self, now: int) -> dict[str, int | None]:
+        """Up to which feed time nothing of each stream was missed."""
         known = [rhythm for rhythm in self._rhythms.values() if rhythm.known]
         # Where all that can be judged are silent, those that cannot are no better, and pongs prove nothing.
         dead = bool(known) and all(rhythm.suspect(now) for rhythm in known)
         lately = max((at for at in self._heard_at.values() if at is not None), default=self.clock.now)
-        for stream, rhythm in self._rhythms.items():
-            doubted = stream in self._unproven
-            proven = lately if dead else self.clock.now
-            since = self._heard_at.get(stream) if doubted or rhythm.suspect(now) else proven
-            groups.setdefault(("stall" if doubted or stream in stalled else reason, since), []).append(stream)
-        # Trades first: a gap is a tick, and what closes at it must know of the gap.
-        ordered = sorted(groups.items(), key=lambda group: "XT" not in group[1])
-        return [_Pending(why, streams, [since] * PARTITIONS) for (why, since), streams in ordered]
+        proven = lately if dead else self.clock.now
+        return {
+            stream: self._heard_at.get(stream) if stream in self._unproven or rhythm.suspect(now) else proven
+            for stream, rhythm in self._rhythms.items()
+        }
 
     @property
     def missed_since(self) -> list[int | None]:
@@ -256,6 +304,7 @@ class Slicer:
         delivered = {item.head.ev for item, _ in self._held if item.head is not None}
         for gap in gaps:
             if gap.reason == "stall":
+                self._suspect(gap.streams, gap.since[0], clock)
                 self._unproven |= dict.fromkeys(set(gap.streams) - delivered, "stall")
         self._heard_at = dict.fromkeys(self._streams, clock)
         return True
@@ -269,6 +318,11 @@ class Slicer:
         since, until = self._heard_at[stream], self.clock.now
         for partition in range(PARTITIONS):
             self._emit_gap(partition, [stream], since, until, reason, now)
+        self._suspect([stream], since, until)
+
+    def _suspect(self, streams: list[str], since: int | None, to: int | None) -> None:
+        if since is not None and to is not None:
+            self._suspicions.append(Suspicion(since, _whole_ms(to), streams))
 
     def _first_belief(self, claims: list[Claim], now: int, waited: bool) -> Claim | None:
         """The first claim to be believed; None: there is none, or it is too early to say."""
@@ -359,7 +413,8 @@ class Slicer:
             self.clock.now = second
             self.clock.find_leader()
             fresh = sorted(stream for stream, rhythm in self._rhythms.items() if rhythm.fresh(now))
-            value = msgspec.json.encode(TickValue(fresh))
+            silent = {stream: at for stream, at in self._proven(now).items() if at is not None and at < second}
+            value = msgspec.json.encode(TickValue(fresh, silent))
             for partition in range(PARTITIONS):
                 self._emit(partition, "tick", [(now, 1)], value)
         self.clock.now = to
@@ -375,7 +430,8 @@ class Slicer:
     def _emit_gap(
         self, partition: int, streams: list[str], since: int | None, to: int | None, reason: str, now: int
     ) -> None:
-        value = GapValue(since, to, streams, self._pairs, reason)
+        """It ends within the millisecond that its record is stamped with."""
+        value = GapValue(since, None if to is None else _whole_ms(to), streams, self._pairs, reason)
         self._emit(partition, "gap", [(now, 1)], msgspec.json.encode(value))
 
     def _emit(self, partition: int, kind: str, recv: Runs, value: bytes) -> None:

@@ -46,10 +46,12 @@ class RawRecord(NamedTuple):
         ]
 
 
-class TickValue(msgspec.Struct, frozen=True):
-    """`fresh`: the streams that have delivered within their usual interval."""
+class TickValue(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`fresh`: the streams that have delivered within their usual interval. `silent`: those that have been silent for
+    so long that they may have been missed since they were last heard, and when that was (ns)."""
 
     fresh: list[str]
+    silent: dict[str, int] = {}
 
 
 class GapValue(msgspec.Struct, frozen=True):

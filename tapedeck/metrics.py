@@ -9,6 +9,7 @@ JOURNAL = Gauge("tapedeck_producer_journal_records", "Raw records made and not y
 JOURNAL_BYTES = Gauge("tapedeck_producer_journal_bytes", "The journal's size on disk")
 DROPPED = Counter("tapedeck_producer_dropped_events", "Events that a full journal did not take: they lie in a gap")
 SILENT = Gauge("tapedeck_producer_silent_channels", "Channels that were acknowledged and never delivered")
+SILENCES = Counter("tapedeck_producer_silences", "Suspected silences by what REST said of them", ["verdict"])
 LEASE = Gauge("tapedeck_producer_lease", "1: this producer records, 0: it stands by")
 CONNECTS = Counter("tapedeck_producer_connects", "Times the feed was connected and subscribed")
 LAST_EVENT = Gauge("tapedeck_producer_last_event_timestamp_seconds", "Wall time of the newest frame with data")

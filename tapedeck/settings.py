@@ -47,6 +47,10 @@ class Settings(BaseSettings):
         "wss://socket.polygon.io/crypto",
         description="The vendor's WebSocket; also socket.massive.com, delayed.massive.com, or the simulator's",
     )
+    polygon_rest_url: str = Field(
+        "https://api.polygon.io",
+        description="The vendor's REST, asked whether a silence was one; also api.massive.com, or the simulator's",
+    )
     symbols: Annotated[list[str], NoDecode] = Field(
         ["BTC-USD", "ETH-USD", "SOL-USD", "MATIC-USD", "AVAX-USD"],
         description="Pairs to record (BTC-USD, BTCUSD and X:BTCUSD mean the same), or * for all",

@@ -255,7 +255,11 @@ class Market(NamedTuple):
 
     record: Path
     url: str
-    control: str
+    rest: str
+
+    @property
+    def control(self) -> str:
+        return f"{self.rest}/control/faults"
 
     def events(self) -> int:
         return self.record.read_bytes().count(b'"ev"') if self.record.exists() else 0
@@ -263,9 +267,17 @@ class Market(NamedTuple):
 
 @pytest.fixture
 async def market(spawn: Spawn, tmp_path: Path) -> AsyncIterator[Market]:
-    frames, record = tmp_path / "frames.ndjson", tmp_path / "sent.ndjson"
+    frames = tmp_path / "frames.ndjson"
     # Of today: for records older than a day a broker that was killed no longer knows what it has of a producer.
     write_frames(frames, RATE, 60, per_frame=4, begin_ms=int(time.time() * 1000))
+    async with playing(spawn, frames) as market:
+        yield market
+
+
+@contextlib.asynccontextmanager
+async def playing(spawn: Spawn, frames: Path) -> AsyncIterator[Market]:
+    """A simulated feed of these frames."""
+    record = frames.with_name("sent.ndjson")
     port, rest = free_ports(2)
     ports = ["--port", str(port), "--rest-port", str(rest)]
     feed = spawn("simulate", *ports, "--frames", str(frames), "--speed", "1", "--record", str(record))
@@ -274,7 +286,7 @@ async def market(spawn: Spawn, tmp_path: Path) -> AsyncIterator[Market]:
         return '"event": "feed"' in feed.log.read_text()
 
     await until(ready)
-    yield Market(record, f"ws://127.0.0.1:{port}/crypto", f"http://127.0.0.1:{rest}/control/faults")
+    yield Market(record, f"ws://127.0.0.1:{port}/crypto", f"http://127.0.0.1:{rest}")
     assert feed.popen.poll() is None, feed.log.read_text()
 
 
@@ -284,7 +296,8 @@ Produce = Callable[..., Process]
 @pytest.fixture
 def produce(spawn: Spawn, market: Market) -> Produce:
     def start(*arguments: str, **others: object) -> Process:
-        return spawn("produce", *arguments, **({"polygon_ws_url": market.url, "symbols": ["*"]} | others))
+        vendor = {"polygon_ws_url": market.url, "polygon_rest_url": market.rest, "symbols": ["*"]}
+        return spawn("produce", *arguments, **(vendor | others))
 
     return start
 

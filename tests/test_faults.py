@@ -3,16 +3,19 @@ gap that names it, nothing is there twice, and no gap is much longer than what w
 
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
-from conftest import RATE, Market, Process, Produce, flows, recording, stopped, until
+from conftest import RATE, Market, Process, Produce, Spawn, flows, playing, recording, says, stopped, until
 
+from bench.market import write_frames
 from bench.scoring import Score, raw_log, score, spans_of
 from producers import service, session
-from schemas.raw import RawRecord
+from schemas.raw import RawRecord, decode_gap_value
 from tapedeck.settings import Settings
 from tapedeck.shell import Shell
 
@@ -45,6 +48,15 @@ async def back(producer: Process, before: int) -> None:
         return subscriptions(producer) > before
 
     await until(again, 40)
+
+
+async def killed_and_replaced(producer: Process, start: Callable[[], Process], market: Market) -> None:
+    producer.popen.kill()
+    producer.popen.wait()
+    again = start()
+    await recording(again)
+    await flows(market)
+    await stopped(again)
 
 
 DROP, GOING = {"kind": "drop"}, {"kind": "close", "code": 1001}
@@ -109,17 +121,26 @@ async def test_killed_while_the_connection_is_half_open_and_nobody_knows_yet_all
     await flows(market, 2)
     await inject(market, "half-open", seconds=5)
     await flows(market, 5)
-    producer.popen.kill()
-    producer.popen.wait()
+    await killed_and_replaced(producer, lambda: produce(streams=["XT", "XQ"]), market)
     assert "half open" not in producer.log.read_text()
-    again = produce(streams=["XT", "XQ"])
-    await recording(again)
-    await flows(market)
-    await stopped(again)
     found, _ = await scored(settings, market)
     assert set(found.gaps) == {"away"}
     assert found.in_gaps > 5 * RATE
     assert found.excess_s < EXCESS_S, found
+
+
+async def test_killed_before_it_noticed_a_stall_the_next_marks_the_silent_stream_from_its_last_event_on(
+    settings: Settings, market: Market, produce: Produce
+) -> None:
+    producer = produce(streams=["XT", "XQ"], feed_usual_s=4)
+    await flows(market, 6)
+    await inject(market, "stall", seconds=15, stream="XT")
+    await flows(market, 3)
+    await killed_and_replaced(producer, lambda: produce(streams=["XT", "XQ"], feed_usual_s=4), market)
+    found, _ = await scored(settings, market)
+    assert found.in_gaps > 2.5 * RATE / 4
+    assert found.excess_s < EXCESS_S, found
+    assert {("away", frozenset({"XQ"})), ("stall", frozenset({"XT"}))} <= {(s.reason, s.streams) for s in found.missed}
 
 
 async def test_a_stall_that_ends_by_itself_before_it_is_given_up_is_marked_too(
@@ -133,6 +154,38 @@ async def test_a_stall_that_ends_by_itself_before_it_is_given_up_is_marked_too(
     found, log = await scored(settings, market)
     assert found.gaps == {"silence": 1}
     assert [span.streams for span in spans_of(log)[0] if span.reason == "silence"] == [{"XT"}]
+    assert found.excess_s < EXCESS_S, found
+
+
+def quiet_frames(path: Path, since_s: float, until_s: float) -> Path:
+    """A feed on which nobody trades for a while."""
+    write_frames(path, RATE, 60, per_frame=1, begin_ms=int(time.time() * 1000))
+    lines = path.read_bytes().splitlines(keepends=True)
+    trades = range(int(since_s * RATE), int(until_s * RATE))
+    path.write_bytes(b"".join(line for n, line in enumerate(lines) if n not in trades or b'"ev":"XT"' not in line))
+    return path
+
+
+async def test_a_silence_in_which_nothing_was_missed_is_closed_and_one_in_which_something_was_is_not(
+    settings: Settings, spawn: Spawn, tmp_path: Path
+) -> None:
+    async with playing(spawn, quiet_frames(tmp_path / "frames", 13, 14.5)) as market:
+        vendor = {"polygon_ws_url": market.url, "polygon_rest_url": market.rest}
+        producer = spawn("produce", symbols=["BTC-USD"], streams=["XT", "XQ"], feed_usual_s=2, **vendor)
+        await inject(market, "rest-error", code=429, count=1)
+        await says(producer, "its gap is closed")
+        await inject(market, "stall", seconds=4, stream="XT")  # by now 1.5 s are no surprise
+        await says(producer, "it stays a gap")
+        await stopped(producer)
+    found, log = await scored(settings, market)
+    for records in log.values():
+        gaps = [decode_gap_value(record.value) for record in records if record.kind == "gap"]
+        trades = [gap for gap in gaps if gap.streams == ["XT"] and gap.reason != "stop"]  # or stalls, on a slow machine
+        assert [gap.reason for gap in trades if gap.reason == "empty"] == ["empty"]
+        silence, word = trades[:2]
+        assert msgspec.structs.replace(silence, reason="empty") == word
+        assert trades[2].from_ > word.to
+    assert found.in_gaps > 50
     assert found.excess_s < EXCESS_S, found
 
 
@@ -196,8 +249,9 @@ async def test_evicted_it_rests_and_explains_and_a_silent_pair_is_named(
 ) -> None:
     monkeypatch.setattr(session, "EVICTED_REST_S", 1.5)
     monkeypatch.setattr(service, "STATISTICS_S", 1.0)
-    wanted = {"polygon_ws_url": market.url, "symbols": ["BTC-USD", "NOP-USD"], "streams": ["XT", "XQ"]}
-    shell = Shell(settings.model_copy(update=wanted), "produce")
+    wanted = {"symbols": ["BTC-USD", "NOP-USD"], "streams": ["XT", "XQ"]}
+    vendor = {"polygon_ws_url": market.url, "polygon_rest_url": market.rest}
+    shell = Shell(settings.model_copy(update=wanted | vendor), "produce")
     running = asyncio.create_task(service.run(shell))
     await flows(market, 0.2)
     await asyncio.sleep(1.5)

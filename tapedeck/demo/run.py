@@ -187,15 +187,16 @@ class Demo:
             self._http = {"produce": embedded.free_ports(1)[0]} | self._http
             symbols = ",".join(self._settings.symbols)
             return [await self._start("produce", ["produce", "--record", str(self._record)], SYMBOLS=symbols)]
-        feed_port, *ports = embedded.free_ports(3)
+        feed_port, rest_port, *ports = embedded.free_ports(4)
         self._http = dict(zip(("feed", "produce"), ports, strict=True)) | self._http
-        command = await asyncio.to_thread(self._feed_command, feed_port)
+        command = await asyncio.to_thread(self._feed_command, feed_port, rest_port)
         return [
             await self._start("feed", command),
             await self._start(
                 "produce",
                 ["produce"],
                 POLYGON_WS_URL=f"ws://127.0.0.1:{feed_port}/crypto",
+                POLYGON_REST_URL=f"http://127.0.0.1:{rest_port}",
                 POLYGON_API_KEY=secrets.token_hex(8),
                 SYMBOLS=",".join(self._symbols or self._settings.symbols),
                 STREAMS=",".join(STREAMS),
@@ -222,12 +223,12 @@ class Demo:
 
     _symbols: list[str] | None = None
 
-    def _feed_command(self, port: int) -> list[str]:
+    def _feed_command(self, port: int, rest_port: int) -> list[str]:
         """The simulator's arguments. Market time goes on after what an earlier run on this folder sent."""
         options = self._options
         speed = "max" if math.isinf(options.speed) else str(options.speed)
-        command = ["simulate", "--port", str(port), "--speed", speed, "--seed", str(options.seed)]
-        command += ["--record", str(self._record)]
+        command = ["simulate", "--port", str(port), "--rest-port", str(rest_port), "--record", str(self._record)]
+        command += ["--speed", speed, "--seed", str(options.seed)]
         if options.seconds is not None:
             command += ["--seconds", str(options.seconds)]
         if options.frames:

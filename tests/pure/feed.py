@@ -6,6 +6,7 @@ from fractions import Fraction
 from processors.pipeline import Output, Pipeline
 from processors.settings import PipelineSettings
 from producers.protocol import market_items
+from producers.silences import still_silent
 from producers.slicer import Resume, Slicer, SlicerSettings
 from producers.split import split_frame
 from schemas.events import NS_PER_MS
@@ -125,6 +126,7 @@ class Feed:
             max(record.timestamp_ms for record in last.values()),
             newest.recv[-1][0],
             [last[p].timestamp_ms if p in last else None for p in range(8)],
+            silent=still_silent(self.records),
         )
 
 

@@ -19,7 +19,8 @@ class Noted(NamedTuple):
     since: int
     to: int
     pairs: frozenset[str]
-    reason: str
+    start: bool
+    empty: bool
 
     @property
     def stretch(self) -> object:
@@ -54,7 +55,8 @@ class RollupReference:
                 self.newest[key] = record
             return []
         for gap in record["missed"]:
-            self.gaps.add(Noted(gap["from"] or 0, gap["to"], frozenset(gap["pairs"]), gap["reason"]))
+            start, empty = gap["reason"] == "start", gap["reason"] == "empty"
+            self.gaps.add(Noted(gap["from"] or 0, gap["to"], frozenset(gap["pairs"]), start, empty))
         oldest = (self.clock - 3 * DAY_NS - HOUR_NS) // HOUR_NS * HOUR_NS
         if record["end"] <= max(self.marker, oldest):
             return []
@@ -85,14 +87,14 @@ class RollupReference:
             return None
         flags = {flag for bar in bars for flag in bar["flags"]}
         missing_ns = 0
-        empty = [gap.stretch for gap in gaps if gap.reason == "empty"]
+        empty = [gap.stretch for gap in gaps if gap.empty]
         missed = [gap for gap in gaps if gap.stretch not in empty]
         for minute, record in enumerate(records):
             begin = start + minute * MINUTE_NS
             if record is None:
                 touching = [g for g in missed if touches(g, begin, begin + MINUTE_NS, symbol)]
                 flags |= {"partial"} if touching else set()
-                flags |= {"gap"} if any(g.reason != "start" for g in touching) else set()
+                flags |= {"gap"} if any(not g.start for g in touching) else set()
                 missing_ns += covered(touching, begin)
             elif record["kind"] == "bar":
                 missing_ns += record["missing_ns"]

@@ -468,6 +468,42 @@ class TestWhatAGapKnows:
         assert [(gap["reason"], gap["streams"]) for gap in marked] == [("silence", ["XT"])]
         assert marked[0]["from"] // NS_PER_MS - T0 < 99_000
 
+    def test_killed_during_a_stall_the_absence_of_the_silent_stream_begins_at_its_own_last_event(self) -> None:
+        for ending in ([], [xt(T0 + 106_900)]):  # none: it was silent to the end
+            feed = without_trades()
+            if ending:
+                feed.at(T0 + 106_950, *ending)
+            after = Feed(resume=feed.resume())
+            after.at(T0 + 109_000, xt(T0 + 109_000), xq(T0 + 109_000, x=2))
+            after.flush(T0 + 112_000)
+            for partition in range(8):
+                gaps = [json.loads(r.value) for r in after.of("gap", partition)]
+                reasons = {stream: gap["reason"] for gap in gaps for stream in gap["streams"]}
+                assert (reasons["XQ"], reasons["XT"]) == ("away", "away" if ending else "stall")
+                since = {stream: gap["from"] // NS_PER_MS - T0 for gap in gaps for stream in gap["streams"]}
+                assert since["XQ"] >= 106_000
+                assert (98_000 < since["XT"] < 99_000) == (not ending)
+
+    def test_a_silence_may_be_closed_as_empty_with_the_stretch_of_its_gap_but_not_while_another_is_pending(
+        self,
+    ) -> None:
+        feed = without_trades()
+        feed.at(T0 + 107_000, xt(T0 + 107_000), xq(T0 + 107_000, x=2))
+        (suspicion,) = feed.slicer.suspicions()
+        assert feed.slicer.suspicions() == []
+        now = (T0 + 108_000) * NS_PER_MS
+        feed.lost(T0 + 107_500)
+        assert not feed.slicer.nothing_missed(suspicion, now)
+        feed.connected()
+        feed.at(T0 + 108_000, xt(T0 + 108_000))
+        feed.until(T0 + 109_000)
+        assert feed.slicer.nothing_missed(suspicion, now + NS_PER_MS)
+        feed.take()
+        for partition in range(8):
+            silence, reconnect, word = [json.loads(r.value) for r in feed.of("gap", partition)][1:]
+            assert silence == word | {"reason": "silence"}
+            assert (reconnect["reason"], word["reason"]) == ("reconnect", "empty")
+
     def test_an_exchange_far_ahead_of_one_that_is_late_is_no_leader(self) -> None:
         feed = started()
         for t in range(T0 + 2_250, T0 + 3 * MINUTE, 250):

@@ -1,0 +1,93 @@
+"""Whether anything was missed while a stream was silent: REST is asked, and the raw log is the other witness.
+
+REST alone proves nothing: it may be late, or empty by mistake. Nothing was missed when REST and the log tell the same
+of the silence and of ten seconds before it, and both know something that came after it began.
+"""
+
+from contextlib import aclosing
+from decimal import Decimal
+from typing import NamedTuple
+
+from producers.rest import Rest
+from producers.resume import records_since
+from producers.slicer import Suspicion
+from producers.split import split_frame
+from schemas import wire
+from schemas.events import MINUTE_NS, NS_PER_MS, NS_PER_S
+from schemas.numbers import decimal_of
+from schemas.partition import partition_of
+from schemas.rest import decode_rest_aggregate, decode_rest_trade
+from tapedeck.settings import Settings
+
+BEFORE_NS = 10 * NS_PER_S  # events on their way when the silence began
+AHEAD_NS = 10 * NS_PER_S  # the feed clock is at most so far past the events that it stamps
+MINUTE_MS = MINUTE_NS // NS_PER_MS
+
+
+class Known(NamedTuple):
+    """An event that both can tell of: a trade by its time, exchange and id, an aggregate by its end and volume."""
+
+    ms: int
+    pair: str
+    mark: tuple[int, str] | Decimal | None
+
+
+def provable(gap: Suspicion, pairs: list[str]) -> bool:
+    """REST has no quotes as they came, and the silence of a market whose pairs nobody counted is none."""
+    return "*" not in pairs and set(gap.streams) <= {"XT", "XA"}
+
+
+async def nothing_missed(settings: Settings, rest: Rest, gap: Suspicion, pairs: list[str]) -> bool:
+    """Whether it is proved, for all streams and pairs. Raises RestError, KafkaError, OSError."""
+    first, last = (gap.since - BEFORE_NS) // NS_PER_MS, gap.to // NS_PER_MS
+    for stream in gap.streams:
+        told = set[Known]()
+        for pair in pairs:
+            told |= await (_trades if stream == "XT" else _aggregates)(rest, pair, first, last)
+        if not any(known.ms * NS_PER_MS > gap.since for known in told):
+            return False
+        if told != await _logged(settings, stream, pairs, first, last):
+            return False
+    return True
+
+
+async def _trades(rest: Rest, pair: str, first_ms: int, last_ms: int) -> set[Known]:
+    stretch = {"timestamp.gte": first_ms * NS_PER_MS, "timestamp.lt": (last_ms + 1) * NS_PER_MS}
+    results = await rest.results(f"/v3/trades/{_ticker(pair)}", order="asc", limit=50_000, **stretch)
+    trades = map(decode_rest_trade, results)
+    return {Known(t.participant_timestamp // NS_PER_MS, pair, (t.exchange, str(t.id))) for t in trades}
+
+
+async def _aggregates(rest: Rest, pair: str, first_ms: int, last_ms: int) -> set[Known]:
+    """Of the minutes that end in the stretch: each is sent when it is over."""
+    begin, end = first_ms - MINUTE_MS, last_ms - MINUTE_MS
+    results = await rest.results(f"/v2/aggs/ticker/{_ticker(pair)}/range/1/minute/{begin}/{end}", limit=50_000)
+    known = (Known(a.t + MINUTE_MS, pair, decimal_of(bytes(a.v))) for a in map(decode_rest_aggregate, results))
+    return {one for one in known if first_ms <= one.ms <= last_ms}
+
+
+def _ticker(pair: str) -> str:
+    return f"X:{pair.replace('-', '')}"
+
+
+async def _logged(settings: Settings, stream: str, pairs: list[str], first_ms: int, last_ms: int) -> set[Known]:
+    """What the raw log has of the stretch; of an aggregate that was revised its last version."""
+    found: dict[object, Known] = {}
+    partitions = {partition_of(pair) for pair in pairs}
+    async with aclosing(records_since(settings, partitions, first_ms - AHEAD_NS // NS_PER_MS)) as records:
+        async for record in records:
+            if record.kind != "slice":
+                continue
+            for item in split_frame(record.value):
+                if item.head is None or item.head.ev != stream or item.head.pair not in pairs:
+                    continue
+                try:
+                    message = wire.decode_message(item.data)
+                except wire.DECODE_ERRORS:
+                    continue
+                if isinstance(message, wire.XT):
+                    one = Known(message.t, message.pair, (message.x, str(message.i)))
+                    found[one] = one
+                elif isinstance(message, wire.XA):
+                    found[message.pair, message.s] = Known(message.e, message.pair, decimal_of(bytes(message.v)))
+    return {known for known in found.values() if first_ms <= known.ms <= last_ms}
