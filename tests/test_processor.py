@@ -274,6 +274,16 @@ async def test_poison_stops_no_partition(line: Line, tmp_path: Path) -> None:
     assert sum("not a record of the raw topic" in reason for reason in reasons) == 12
 
 
+async def test_a_backlog_of_small_records_is_committed_as_fast_as_it_is_worked_through(line: Line) -> None:
+    """Faust's own count of what may be committed went forward by one bundle in half a second: five minutes for these."""
+    now_ms = int(time.time() * 1000)
+    ticks = range(now_ms - now_ms % 1000 - 40_000_000, now_ms, 1_000)
+    await line.send(RawRecord(0, ms, "tick", 1, n, [(ms * 10**6, 1)], b"{}") for n, ms in enumerate(ticks))
+    worker = line.work("only")
+    await line.done(120)
+    assert worker.popen.poll() is None, worker.log.read_text()
+
+
 STUCK = """
 import asyncio
 from processors import service
