@@ -27,6 +27,7 @@ help:
 	@echo 'make bench             all figures, or some: make bench BENCH=pipeline ARGS="--runs 3"'
 	@echo 'make venv              only install, so that $(VENV)/bin/tapedeck runs'
 	@echo 'make bench BENCH=processor ARGS="--quick"   the worker beside its peers, which it installs for itself, once'
+	@echo 'make bench BENCH=sinks ARGS="--runs 5"   the sink beside executemany and bare COPY, latency, bytes a trade'
 	@echo 'make bench BENCH=soak ARGS="--seed 7"   five minutes of random faults and kills, every event accounted for'
 	@echo 'make contract          write docs/settings.md and docs/asyncapi.json anew from the code'
 	@echo 'make lock              resolve the locks anew; needs uv; newest of all: make lock ARGS=--upgrade'

@@ -213,9 +213,8 @@ class Sink:
     async def _store(self, entries: Sequence[_Entry]) -> None:
         """Writes them; what the database refuses is found by halving, and kept beside with the reason."""
         # Place by place, in order: the last offset of each is the one that stays.
-        moves = {
-            (place := TopicPartition(r.topic, r.partition)): (self._positions[place], r.offset + 1) for r, _ in entries
-        }
+        ends = {(record.topic, record.partition): record.offset + 1 for record, _ in entries}
+        moves = {(at := TopicPartition(*place)): (self._positions[at], end) for place, end in ends.items()}
         lines = [made for _, made in entries if isinstance(made, str)]
         refused = [made for _, made in entries if isinstance(made, writer.Refused)]
         started = time.perf_counter()

@@ -8,6 +8,7 @@ repeated record a no-op; a bar is replaced only by a higher order.
 import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import msgspec
@@ -40,8 +41,11 @@ def _text(value: str) -> str:
 
 
 def _array(values: list[Any]) -> str:
-    if not values:
-        return "{}"
+    return _array_of(tuple(values))
+
+
+@lru_cache  # of conditions and flags there are only so many
+def _array_of(values: tuple[Any, ...]) -> str:
     quoted = (str(value).replace("\\", "\\\\").replace('"', '\\"') for value in values)
     return _text("{" + ",".join(f'"{value}"' for value in quoted) + "}")
 
