@@ -7,6 +7,7 @@ import contextlib
 import os
 import tempfile
 import uuid
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -158,7 +159,8 @@ def _rows(parquet: pq.ParquetFile, part: Part, columns: Sequence[str] | None) ->
     statistics = [parquet.metadata.row_group(group).column(place).statistics for group in range(parquet.num_row_groups)]
     groups = [group for group, found in enumerate(statistics) if _overlaps(found, part)]
     for batch in parquet.iter_batches(READ_ROWS, groups, columns=columns):
-        first, end = batch.column("offset").to_numpy().searchsorted([part.first, part.end])
+        offsets = batch.column("offset").to_pylist()
+        first, end = bisect_left(offsets, part.first), bisect_left(offsets, part.end)
         if first < end:
             yield batch.slice(first, end - first)
 

@@ -163,8 +163,8 @@ class _Archive:
             part = self._part(position, end)
             try:
                 async for entries in _in_thread(self._archive.entries(part)):
-                    yield entries
                     position = entries[-1].offset + 1
+                    yield entries
             except FileNotFoundError:
                 if part == vanished:
                     raise
