@@ -378,6 +378,7 @@ class Producer:
                 self._slow = True
                 self._shell.health["kafka"] = f"has acknowledged nothing for {SLOW_S:g} s"
                 log.warning("Kafka acknowledges nothing, the journal keeps the records", seconds=SLOW_S)
+            metrics.QUEUE.set(self._ear.queued)
             metrics.JOURNAL.set(len(self._journal))
             metrics.JOURNAL_BYTES.set(self._journal.size)
             await asyncio.sleep(MEASURE_S)
@@ -399,6 +400,7 @@ class Producer:
                 last_event_age_s=round((self.clock() - ear.heard_at) / NS_PER_S, 1) if ear.heard_at else None,
                 errors=ear.counts["errors"] + self._failed_rounds,
                 reconnects=max(0, ear.counts["connects"] - 1),
+                queue_frames=ear.queued,
                 journal_records=len(self._journal),
                 journal_bytes=self._journal.size,
             )

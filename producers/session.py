@@ -75,9 +75,15 @@ class Ear:
         self._key = key.get_secret_value() if key else ""
         self._since = 0  # the first frame with data in this session
         self._delivered: set[tuple[str, str]] = set()
+        self._socket: ClientConnection | None = None
         self.frames = self.heard_at = 0
         self.counts: Counter[str] = Counter()
         self.silent: set[tuple[str, str]] = set()
+
+    @property
+    def queued(self) -> int:
+        """Frames that the socket has received and nobody has read yet: websockets itself does not say."""
+        return len(self._socket.recv_messages.frames) if self._socket else 0
 
     async def listen(self) -> NoReturn:
         """One session after the other, with full-jitter backoff between them. Raises UsageError."""
@@ -111,6 +117,7 @@ class Ear:
         """Raises SessionError, WebSocketException, OSError, TimeoutError, or one of `FINAL`."""
         machine = protocol.Protocol(self._key, self._params)
         async with open_socket(self._settings) as socket:
+            self._socket = socket
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 while not machine.live:
                     await self._receive(socket, machine)

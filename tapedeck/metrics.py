@@ -5,6 +5,7 @@ from prometheus_client import Counter, Gauge, Histogram
 FRAMES = Counter("tapedeck_producer_frames", "WebSocket frames received")
 FEED_EVENTS = Counter("tapedeck_producer_events", "Events received", ["stream"])
 PUBLISHED = Counter("tapedeck_producer_records", "Raw records acknowledged by Kafka", ["kind"])
+QUEUE = Gauge("tapedeck_producer_queue_frames", "Frames that the socket has received and nobody has read yet")
 JOURNAL = Gauge("tapedeck_producer_journal_records", "Raw records made and not yet acknowledged")
 JOURNAL_BYTES = Gauge("tapedeck_producer_journal_bytes", "The journal's size on disk")
 DROPPED = Counter("tapedeck_producer_dropped_events", "Events that a full journal did not take: they lie in a gap")

@@ -271,6 +271,10 @@ async def test_evicted_it_rests_and_explains_and_a_silent_pair_is_named(
     await asyncio.wait_for(running, 10)
     said = capsys.readouterr()
     assert "another client uses this key" in said.out + said.err
+    statistics = next(line for line in (said.out + said.err).splitlines() if '"event": "statistics"' in line)
+    for name in ("uptime_s", "events", "events_per_s", "last_event_age_s", "errors", "reconnects", "queue_frames"):
+        assert f'"{name}":' in statistics
+    assert '"journal_records":' in statistics
     assert "XQ.NOP-USD" in said.out + said.err
     assert "XT.BTC-USD" not in (said.out + said.err).split("never delivered")[1].splitlines()[0]
 

@@ -200,7 +200,7 @@ async def test_the_next_start_goes_on_from_the_log_and_marks_its_absence(setting
         async with producing(settings, feed):
             await feed.send(trade("BTC-USD", start * 2, ms), trade("ETH-USD", start * 2 + 1, ms, 2))
             await asyncio.sleep(0.3)
-    resume = (await read_log_end(settings)).resume()
+    resume = (await read_log_end(settings)).resume({})
     assert resume is not None
     assert resume.epoch == 2
     for records in (await raw_log(settings)).values():
@@ -374,8 +374,39 @@ def test_thousands_of_failures_in_a_row_are_no_reason_to_fail() -> None:
     assert rests[2] <= 60
 
 
-@pytest.mark.parametrize("url", ["wss://{address}/crypto", "ws://127.0.0.1:1/crypto"])
-async def test_tls_that_fails_and_refused_connections_are_tried_again(
+async def test_an_auth_success_is_no_reason_to_come_back_sooner_but_data_that_flowed_are(
+    settings: Settings, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[int] = []
+
+    def jitter(failures: int, *_: float) -> float:
+        rests.append(failures)
+        return 0.01
+
+    monkeypatch.setattr(session, "jitter", jitter)
+    monkeypatch.setattr(session, "GOOD_AFTER_S", 0.3)
+    async with producing(settings, feed):
+        for lost in range(4):  # authenticated and subscribed each time, and gone; the fourth time after data
+            if lost == 3:
+                for ms in (0, 400):
+                    await asyncio.sleep(ms / 1000)
+                    await feed.send(trade("BTC-USD", ms, BEGIN_MS + ms), trade("ETH-USD", ms, BEGIN_MS + ms, 2))
+                await asyncio.sleep(0.2)
+            feed.sessions[-1].transport.abort()
+            await feed.again()
+    assert rests[:4] == [1, 2, 3, 0]
+
+
+def test_a_pair_that_cannot_be_understood_is_refused_at_start_with_the_reason(settings: Settings) -> None:
+    done = produce(settings, SYMBOLS="BTC-USD,BTC/USD")
+    assert done.returncode == 2
+    assert "SYMBOLS: 'BTC/USD' is not a currency pair like BTC-USD" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "url", ["wss://{address}/crypto", "ws://127.0.0.1:1/crypto", "ws://no-such-host.invalid/crypto"]
+)
+async def test_names_and_tls_that_fail_and_refused_connections_are_tried_again(
     settings: Settings, feed: Feed, url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "LONGEST_RETRY_S", 0.2)
