@@ -29,6 +29,7 @@ help:
 	@echo 'make bench BENCH=processor ARGS="--quick"   the worker beside its peers, which it installs for itself, once'
 	@echo 'make bench BENCH=sinks ARGS="--runs 5"   the sink beside executemany and bare COPY, latency, bytes a trade'
 	@echo 'make bench BENCH=soak ARGS="--seed 7"   five minutes of random faults and kills, every event accounted for'
+	@echo 'make bench BENCH=soak ARGS="--outage 600 --rate 5000"   Kafka is away for ten minutes'
 	@echo 'make contract          write docs/settings.md and docs/asyncapi.json anew from the code'
 	@echo 'make lock              resolve the locks anew; needs uv; newest of all: make lock ARGS=--upgrade'
 	@echo 'make clean             remove what was installed and cached, but no data'

@@ -63,6 +63,16 @@ def schedule(seed: int, faults: int, seconds: float) -> list[Planned]:
     return plan
 
 
+def outage(seconds: float) -> list[Planned]:
+    """Kafka is away for so long; the producer is killed shortly before it is back, and while it may be catching up."""
+    end_s = LEAD_S + seconds
+    return [
+        Planned(LEAD_S, KILL_BROKER, {"seconds": seconds}),
+        Planned(end_s - 20, KILL_PRODUCER, {}),
+        Planned(end_s + 10, KILL_PRODUCER, {}),
+    ]
+
+
 def _kinds(rng: random.Random, faults: int, seconds: float) -> list[str]:
     kinds = [KILL_PRODUCER] * max(1, faults // 6) + [KILL_BROKER] * max(1, faults // 8) + [FREEZE] * (faults // 10)
     kinds += ["evict"] * (seconds >= LONG_S)

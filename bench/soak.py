@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bench.market import write_frames
-from bench.mayhem import TAIL_S, Planned, schedule
+from bench.mayhem import TAIL_S, Planned, outage, schedule
 from bench.scoring import Score, Span, marked_and_missed, raw_log, score
 from schemas.events import NS_PER_S
 from tapedeck.demo.children import Child, Spec
@@ -371,7 +371,9 @@ async def _folder(keep: Path | None) -> AsyncIterator[Path]:
 
 async def soak(options: argparse.Namespace, console: Console) -> int:
     """The exit code: 0 only if it holds. The folder with all logs is kept when it does not."""
-    plan = schedule(options.seed, options.faults, options.seconds)
+    if options.outage:
+        options.seconds = options.outage + 60
+    plan = outage(options.outage) if options.outage else schedule(options.seed, options.faults, options.seconds)
     columns = (TextColumn("{task.description:<40}"), BarColumn(), TimeElapsedColumn())
     async with _folder(options.keep) as folder:
         run = Soak(folder, options)
@@ -406,6 +408,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="the simulator's own market of so many pairs, at its own rate")
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--outage", type=float, help="instead of random faults Kafka is away for so many seconds")
     parser.add_argument("--usual", type=float, default=1, help="FEED_USUAL_S of the producer")
     parser.add_argument("--keep", type=Path, help="a folder for everything of this run, which stays")
     console = Console()
