@@ -4,11 +4,16 @@ REST alone proves nothing: it may be late, or empty by mistake. Nothing was miss
 of the silence and of ten seconds before it, and both know something that came after it began.
 """
 
+import asyncio
+from collections.abc import Callable
 from contextlib import aclosing
 from decimal import Decimal
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from producers.rest import Rest
+import structlog
+from aiokafka.errors import KafkaError
+
+from producers.rest import Rest, RestError
 from producers.resume import records_since
 from producers.slicer import Suspicion
 from producers.split import split_frame
@@ -17,11 +22,54 @@ from schemas.events import MINUTE_NS, NS_PER_MS, NS_PER_S
 from schemas.numbers import decimal_of
 from schemas.partition import partition_of
 from schemas.rest import decode_rest_aggregate, decode_rest_trade
+from tapedeck import metrics
 from tapedeck.settings import Settings
 
+log = structlog.get_logger()
+
+SETTLE_S = 5.0  # REST, and the log, have what came at a silence's end
+MOST_SUSPICIONS = 100
 BEFORE_NS = 10 * NS_PER_S  # events on their way when the silence began
 AHEAD_NS = 10 * NS_PER_S  # the feed clock is at most so far past the events that it stamps
 MINUTE_MS = MINUTE_NS // NS_PER_MS
+
+
+class Prover:
+    """`close` is called with each gap that was proved empty until it returns True."""
+
+    def __init__(self, settings: Settings, pairs: list[str], close: Callable[[Suspicion], bool]) -> None:
+        self._settings, self._pairs, self._close = settings, pairs, close
+        self._suspicions: asyncio.Queue[Suspicion] = asyncio.Queue(MOST_SUSPICIONS)
+
+    def doubt(self, gap: Suspicion) -> None:
+        """Asks about it when its turn comes. REST has no quotes as they came, and of `*` nobody can list the pairs."""
+        if "*" in self._pairs or not set(gap.streams) <= {"XT", "XA"}:
+            return
+        try:
+            self._suspicions.put_nowait(gap)
+        except asyncio.QueueFull:
+            log.warning("too many silences to ask REST about: this one stays a gap", streams=gap.streams)
+
+    async def prove(self) -> NoReturn:
+        """One suspected silence after the other."""
+        async with Rest(self._settings) as rest:
+            while True:
+                gap = await self._suspicions.get()
+                await asyncio.sleep(SETTLE_S)
+                told = {"streams": gap.streams, "seconds": round((gap.to - gap.since) / NS_PER_S, 3)}
+                try:
+                    empty = await _nothing_missed(self._settings, rest, gap, self._pairs)
+                except (RestError, KafkaError, OSError, *wire.DECODE_ERRORS) as error:
+                    log.warning("whether a silence was one cannot be told: it stays a gap", error=str(error), **told)
+                    metrics.SILENCES.labels("unknown").inc()
+                    continue
+                metrics.SILENCES.labels("empty" if empty else "open").inc()
+                if not empty:
+                    log.info("REST does not show that a silence was one: it stays a gap", **told)
+                    continue
+                while not self._close(gap):
+                    await asyncio.sleep(1)
+                log.info("nothing was missed in a silence: its gap is closed", **told)
 
 
 class Known(NamedTuple):
@@ -32,12 +80,7 @@ class Known(NamedTuple):
     mark: tuple[int, str] | Decimal | None
 
 
-def provable(gap: Suspicion, pairs: list[str]) -> bool:
-    """REST has no quotes as they came, and the silence of a market whose pairs nobody counted is none."""
-    return "*" not in pairs and set(gap.streams) <= {"XT", "XA"}
-
-
-async def nothing_missed(settings: Settings, rest: Rest, gap: Suspicion, pairs: list[str]) -> bool:
+async def _nothing_missed(settings: Settings, rest: Rest, gap: Suspicion, pairs: list[str]) -> bool:
     """Whether it is proved, for all streams and pairs. Raises RestError, KafkaError, OSError."""
     first, last = (gap.since - BEFORE_NS) // NS_PER_MS, gap.to // NS_PER_MS
     for stream in gap.streams:

@@ -12,15 +12,15 @@ import structlog
 from aiokafka.errors import KafkaError
 
 from producers.journal import Journal, JournalFull
-from producers.lease import SESSION_S, Lease, claim_epoch
-from producers.proof import nothing_missed, provable
+from producers.lease import Lease, claim_epoch
+from producers.mouth import Mouth, Superseded
+from producers.proof import Prover
 from producers.protocol import pairs_of, params_of
-from producers.rest import Rest, RestError
-from producers.resume import LogEnd, read_log_end, read_silences
-from producers.session import Ear, jitter
+from producers.resume import read_log_end, read_silences
+from producers.session import Ear
 from producers.slicer import Resume, Slicer, SlicerSettings, Suspicion
 from producers.split import Item
-from schemas import topics, wire
+from schemas import topics
 from schemas.events import NS_PER_MS, NS_PER_S
 from schemas.raw import RawRecord
 from tapedeck import kafka, metrics
@@ -31,19 +31,11 @@ from tapedeck.shell import Shell
 log = structlog.get_logger()
 T = TypeVar("T")
 
-LONGEST_RESEND_S = 5.0
 STOP_S = 1.5  # an orderly stop waits this long for Kafka to take the rest; then it stays in the journal
 STATISTICS_S = 60.0
 MEASURE_S = 0.25
-SLOW_S = 5.0  # aiokafka itself tries on in silence for as long as the broker is away
 NEVER = 2**63
-SETTLE_S = 5.0  # REST, and the log, have what came at a silence's end
-MOST_SUSPICIONS = 100
 ROOM_S = 1.0  # a full journal is tried again this often
-
-
-class Superseded(Exception):
-    """Another producer has gone on with the log."""
 
 
 class Producer:
@@ -59,24 +51,19 @@ class Producer:
         self._streams: list[str] = list(self._settings.streams)
         self._ear = Ear(self._settings, self, record)
         self._journal = journal
-        self._publisher = kafka.Publisher(self._settings)
-        self._log_end = LogEnd({}, 0)
-        self._claimed = 0
+        self._mouth = Mouth(self._settings, journal, shell.health)
         self._slicer: Slicer
         self._tail: Resume | None = None  # where the journal's end stands
         self._full = False
         self._try_again_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._wakes_at = NEVER
-        self._round_began: float | None = None  # when what Kafka has not acknowledged yet was sent
-        self._slow = False
         self._linger_ns = self._settings.linger_ns
         self._now = 0
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._clock_at = time.monotonic_ns()
-        self._failed_rounds = 0
         self._events: Counter[str] = Counter()  # of slicers before this one
-        self._suspicions: asyncio.Queue[Suspicion] = asyncio.Queue(MOST_SUSPICIONS)
+        self._prover = Prover(self._settings, self._pairs, self._close)
 
     async def run(self, lease: Lease, keeping: asyncio.Task[None]) -> None:
         """Until stopped or the lease is lost. Raises UsageError when the key or all subscriptions are refused."""
@@ -97,7 +84,7 @@ class Producer:
             if not taking_up.done():
                 return
             reading = start(self._ear.listen())
-            for work in (self._raise(), self._tell(), self._measure(), self._prove()):
+            for work in (self._raise(), self._tell(), self._measure(), self._prover.prove()):
                 start(work)
             tasks.remove(taking_up)
             await self._shell.until_stopped(*tasks)
@@ -114,24 +101,23 @@ class Producer:
             for task in mine:
                 task.cancel()
             await asyncio.gather(*mine, return_exceptions=True)
-            await self._publisher.stop()
+            await self._mouth.stop()
             for part in ("feed", "kafka", "journal"):
                 self._shell.health.pop(part, None)
 
     async def _take_up(self, lease: Lease, start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]) -> None:
         """Sends what a former process left, with its old epoch, finds out where the log then stands, and claims the
         next epoch."""
-        self._log_end = await self._from_kafka(read_log_end)
-        self._claimed = self._log_end.claims
-        lease.records(self._log_end.epoch + 1)
-        with contextlib.suppress(KafkaError, OSError):
-            await self._publisher.start()
+        mouth = self._mouth
+        mouth.log_end = await self._from_kafka(read_log_end)
+        mouth.claimed = mouth.log_end.claims
+        lease.records(mouth.log_end.epoch + 1)
         left = len(self._journal)
-        superseded = left and self._log_end.epoch > self._journal.epoch
+        superseded = left and mouth.log_end.epoch > self._journal.epoch
         if superseded:
             kept = self._journal.set_aside()
             log.warning("another producer went on with the log: the journal is not sent", records=left, kept=str(kept))
-        publishing = start(self._publish())
+        publishing = start(mouth.speak())
         if left and not superseded:
             log.info("sending what the journal holds first", records=left)
             empty = asyncio.create_task(self._journal.empty())
@@ -141,15 +127,16 @@ class Producer:
                 empty.cancel()
             if publishing.done():
                 publishing.result()
-            self._log_end = await self._from_kafka(read_log_end)
-        at_least = max(self._log_end.epoch, self._journal.epoch) + 1
-        self._claimed = await claim_epoch(self._settings, at_least, self._journal.name)
-        self._slicer = self._new_slicer(await self._from_kafka(self._read_resume), self._claimed)
-        lease.records(self._claimed)
+            mouth.log_end = await self._from_kafka(read_log_end)
+        at_least = max(mouth.log_end.epoch, self._journal.epoch) + 1
+        mouth.claimed = await claim_epoch(self._settings, at_least, self._journal.name)
+        self._slicer = self._new_slicer(await self._from_kafka(self._read_resume), mouth.claimed)
+        lease.records(mouth.claimed)
         log.info("recording", epoch=self._slicer.epoch, streams=self._streams, pairs=self._pairs)
 
     async def _read_resume(self, settings: Settings) -> Resume | None:
-        return self._log_end.resume(await read_silences(settings, self._log_end))
+        end = self._mouth.log_end
+        return end.resume(await read_silences(settings, end))
 
     async def _from_kafka(self, read: Callable[[Settings], Awaitable[T]]) -> T:
         try:
@@ -244,7 +231,7 @@ class Producer:
         if not records:
             return
         for gap in self._slicer.suspicions():
-            self._doubt(gap)
+            self._prover.doubt(gap)
         if self._full and time.monotonic() < self._try_again_at:
             self._drop(records)
             return
@@ -262,6 +249,12 @@ class Producer:
             self._full, self._shell.health["journal"] = False, None
         self._tail = _tail(self._tail, records)
 
+    def _close(self, gap: Suspicion) -> bool:
+        """Nothing was missed in it. False: not now."""
+        closed = self._slicer.nothing_missed(gap, self.clock())
+        self._pump()
+        return closed
+
     def _drop(self, records: list[RawRecord]) -> None:
         metrics.DROPPED.inc(sum(record.events for record in records if record.kind in ("slice", "bad")))
         resume = None
@@ -276,87 +269,6 @@ class Producer:
         self._slicer = self._new_slicer(resume)
         if connected:
             self._slicer.connected(self.clock())
-
-    # -- gaps in which perhaps nothing was missed ---------------------------------------------------
-
-    def _doubt(self, gap: Suspicion) -> None:
-        if provable(gap, self._pairs):
-            try:
-                self._suspicions.put_nowait(gap)
-            except asyncio.QueueFull:
-                log.warning("too many silences to ask REST about: this one stays a gap", streams=gap.streams)
-
-    async def _prove(self) -> None:
-        """Asks REST about one suspected silence after the other, and closes those in which nothing was missed."""
-        async with Rest(self._settings) as rest:
-            while True:
-                gap = await self._suspicions.get()
-                await asyncio.sleep(SETTLE_S)
-                told = {"streams": gap.streams, "seconds": round((gap.to - gap.since) / NS_PER_S, 3)}
-                try:
-                    empty = await nothing_missed(self._settings, rest, gap, self._pairs)
-                except (RestError, KafkaError, OSError, *wire.DECODE_ERRORS) as error:
-                    log.warning("whether a silence was one cannot be told: it stays a gap", error=str(error), **told)
-                    metrics.SILENCES.labels("unknown").inc()
-                    continue
-                metrics.SILENCES.labels("empty" if empty else "open").inc()
-                if not empty:
-                    log.info("REST does not show that a silence was one: it stays a gap", **told)
-                    continue
-                while not self._slicer.nothing_missed(gap, self.clock()):
-                    await asyncio.sleep(1)
-                self._pump()
-                log.info("nothing was missed in a silence: its gap is closed", **told)
-
-    async def _publish(self) -> None:
-        """In file order, one round in flight; after a failure everything from the acknowledged mark on that is
-        not in the log is sent again by a new client. Raises Superseded."""
-        topic = self._settings.topic_prefix + topics.RAW.name
-        failures = 0
-        told: set[type[Exception]] = set()
-        began = time.monotonic()
-        self._journal.rewind()  # a former tenure may have ended in the middle of a round
-        while True:
-            records = await self._journal.next()
-            last, began = began, time.monotonic()
-            try:
-                if failures or not self._publisher.started:
-                    await self._publisher.restart()
-                if failures or began - last > SESSION_S:  # it may have been frozen, and its lease lost meanwhile
-                    self._log_end = await read_log_end(self._settings)
-                    if self._log_end.claims > self._claimed:
-                        raise Superseded
-                self._round_began = time.monotonic()
-                await self._publisher.publish(
-                    kafka.Message(topic, r.partition, None, r.value, r.timestamp_ms, r.headers())
-                    for r in records
-                    if not self._log_end.has(r)
-                )
-            except (KafkaError, OSError) as error:
-                self._journal.rewind()
-                failures += 1
-                refusal = kafka.refusal(error, topics.RAW)
-                metrics.PRODUCER_ERRORS.labels("refused" if refusal else "kafka").inc()
-                self._failed_rounds += 1
-                self._shell.health["kafka"] = f"sending fails: {refusal or error}"
-                if type(error) not in told:
-                    told.add(type(error))
-                    if refusal:
-                        log.error(f"Kafka refuses the records, the journal keeps them: {refusal}", error=str(error))
-                    else:
-                        log.warning("Kafka does not take the records, the journal keeps them", error=str(error))
-                await asyncio.sleep(0.1 + jitter(failures, 0.25, LONGEST_RESEND_S))
-                continue
-            if failures:
-                log.info("Kafka takes the records again", failures=failures)
-            if self._slow:
-                log.info("Kafka has taken the records")
-            failures, self._slow, self._round_began = 0, False, None
-            told.clear()
-            self._shell.health["kafka"] = None
-            self._journal.acknowledge()
-            for kind, count in Counter(record.kind for record in records).items():
-                metrics.PUBLISHED.labels(kind).inc(count)
 
     # -- telling -----------------------------------------------------------------------------------
 
@@ -374,10 +286,7 @@ class Producer:
             seen = events
             if self._slicer.clock.now is not None:
                 metrics.FEED_CLOCK.set(self._slicer.clock.now / NS_PER_S)
-            if self._round_began is not None and not self._slow and time.monotonic() - self._round_began > SLOW_S:
-                self._slow = True
-                self._shell.health["kafka"] = f"has acknowledged nothing for {SLOW_S:g} s"
-                log.warning("Kafka acknowledges nothing, the journal keeps the records", seconds=SLOW_S)
+            self._mouth.look()
             metrics.QUEUE.set(self._ear.queued)
             metrics.JOURNAL.set(len(self._journal))
             metrics.JOURNAL_BYTES.set(self._journal.size)
@@ -398,7 +307,7 @@ class Producer:
                 events=dict(events),
                 events_per_s=round(fresh / STATISTICS_S, 1),
                 last_event_age_s=round((self.clock() - ear.heard_at) / NS_PER_S, 1) if ear.heard_at else None,
-                errors=ear.counts["errors"] + self._failed_rounds,
+                errors=ear.counts["errors"] + self._mouth.failures,
                 reconnects=max(0, ear.counts["connects"] - 1),
                 queue_frames=ear.queued,
                 journal_records=len(self._journal),
