@@ -169,7 +169,7 @@ def quiet_frames(path: Path, since_s: float, until_s: float) -> Path:
 async def test_a_silence_in_which_nothing_was_missed_is_closed_and_one_in_which_something_was_is_not(
     settings: Settings, spawn: Spawn, tmp_path: Path
 ) -> None:
-    async with playing(spawn, quiet_frames(tmp_path / "frames", 13, 14.5)) as market:
+    async with playing(spawn, quiet_frames(tmp_path / "frames", 13, 15)) as market:
         vendor = {"polygon_ws_url": market.url, "polygon_rest_url": market.rest}
         producer = spawn("produce", symbols=["BTC-USD"], streams=["XT", "XQ"], feed_usual_s=2, **vendor)
         await inject(market, "rest-error", code=429, count=1)
@@ -180,11 +180,13 @@ async def test_a_silence_in_which_nothing_was_missed_is_closed_and_one_in_which_
     found, log = await scored(settings, market)
     for records in log.values():
         gaps = [decode_gap_value(record.value) for record in records if record.kind == "gap"]
-        trades = [gap for gap in gaps if gap.streams == ["XT"] and gap.reason != "stop"]  # or stalls, on a slow machine
-        assert [gap.reason for gap in trades if gap.reason == "empty"] == ["empty"]
-        silence, word = trades[:2]
-        assert msgspec.structs.replace(silence, reason="empty") == word
-        assert trades[2].from_ > word.to
+        trades = [gap for gap in gaps if gap.streams == ["XT"] and gap.reason != "stop"]
+        words = [gap for gap in trades if gap.reason == "empty"]
+        marked = [gap for gap in trades if gap.reason != "empty"]  # silences or, on a slow machine, stalls
+        closed = [gap for gap in marked if msgspec.structs.replace(gap, reason="empty") in words]
+        assert len(closed) == len(words) > 0
+        assert all(gap.from_ > words[-1].to for gap in marked if gap not in closed)
+        assert len(marked) > len(closed)
     assert found.in_gaps > 50
     assert found.excess_s < EXCESS_S, found
 
