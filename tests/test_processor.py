@@ -328,6 +328,7 @@ rebuild, service.rebuild = service.rebuild, slow
 
 
 async def test_what_waits_for_a_long_rebuild_is_held_back_and_nothing_of_it_is_lost(line: Line, tmp_path: Path) -> None:
+    """Nor when another worker joins in the middle of it."""
     records = market_log(tmp_path, rate=80, seconds=300)
     half = len(records) // 2
     await line.send(records[:half])
@@ -338,6 +339,7 @@ async def test_what_waits_for_a_long_rebuild_is_held_back_and_nothing_of_it_is_l
     await line.send(records[half : half + 2_000])
     line.work("first", patch=SLOW)
     await asyncio.sleep(2)
+    line.work("second", patch=SLOW)
     await line.send(records[half + 2_000 :])
     await line.done(60)
     assert_same(await line.published(), await line.computed(tmp_path))

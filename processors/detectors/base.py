@@ -17,8 +17,8 @@ QuoteSeen = tuple[float, float, int, int, int]
 #: (price, size, ts_event, epoch, n, the quote of its exchange that stood when it came) of a trade.
 TradeSeen = tuple[float, float, int, int, int, QuoteSeen | None]
 
-# Of a normal distribution, the 90th percentile and that of its absolute value, in standard deviations.
-NORMAL_P90, NORMAL_ABS_P90 = 1.2816, 1.6449
+# The 90th percentile of the absolute value of a normal distribution, in standard deviations.
+NORMAL_ABS_P90 = 1.6449
 
 Least = Annotated[int, msgspec.Meta(ge=1)]
 

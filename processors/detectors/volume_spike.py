@@ -6,12 +6,13 @@ from typing import Annotated, Any
 
 import msgspec
 
-from processors.detectors.base import NORMAL_P90, Detector, Finding, Onsets, TradeSeen, percentile_90
+from processors.detectors.base import Detector, Finding, Onsets, TradeSeen
 from schemas.events import MINUTE_NS, NS_PER_S
 
 WINDOW_NS = 10 * NS_PER_S
 WINDOWS = 20 * MINUTE_NS // WINDOW_NS
-LEAST_WINDOWS = 30  # fewer tell nothing of a pair
+LEAST_WINDOWS = 30  # with trades, and at least half of all: fewer tell nothing of a pair
+NORMAL_P75 = 0.6745  # of a normal distribution, in standard deviations
 LEAST_SCALE = 0.3  # of log volume: volumes that are always the same may vary by a third
 
 
@@ -29,9 +30,10 @@ class _Pair:
 class VolumeSpike(Detector):
     """score = (log(volume) - median) / scale, of windows of 10 s aligned to the clock.
 
-    Median and 90th percentile are those of the log volumes of the windows with trades in the 20 minutes before; the
-    scale is their distance / 1.2816, as a normal distribution's. Volumes spread over orders of magnitude, to the right
-    above all: hence the logarithm, and a scale from the upper side.
+    Median and 75th percentile are those of the log volumes of the windows with trades in the 20 minutes before; the
+    scale is their distance / 0.6745, as a normal distribution's. Volumes spread over orders of magnitude, to the right
+    above all: hence the logarithm, and a scale from the upper side. One burst fills two windows, so that of the 90th
+    percentile six in 20 minutes would hide all others.
     """
 
     kind = "volume_spike"
@@ -70,10 +72,11 @@ class VolumeSpike(Detector):
             pair.past[pair.window] = log(pair.volume)
         pair.window, pair.volume, pair.limit = window, 0.0, inf
         pair.past = {w: volume for w, volume in pair.past.items() if w >= window - WINDOWS}
-        if len(pair.past) >= LEAST_WINDOWS:
+        count = len(pair.past)
+        if count >= LEAST_WINDOWS and 2 * count >= window - min(pair.past):
             volumes = sorted(pair.past.values())
-            pair.middle = volumes[len(volumes) // 2]
-            pair.scale = max((percentile_90(volumes) - pair.middle) / NORMAL_P90, LEAST_SCALE)
+            pair.middle = volumes[count // 2]
+            pair.scale = max((volumes[3 * (count - 1) // 4] - pair.middle) / NORMAL_P75, LEAST_SCALE)
             above = max(self.settings.deviations * pair.scale, log(self.settings.least_ratio))
             pair.limit = exp(min(700.0, pair.middle + above))
 

@@ -258,6 +258,25 @@ class TestVolumeSpike:
         assert (spike.n, spike.severity) == (n, "info")
         assert spike.detected - spike.ts_event == NS_PER_S
 
+    def test_bursts_do_not_hide_each_other(self) -> None:
+        tape = Tape()
+        tape.market(600)
+        for seed in range(10):
+            for seconds in (9, 69):  # each fills two windows
+                tape.trade(60_000.0, 100_000.0)
+                tape.tick()
+                tape.market(seconds, seed)
+        assert len(tape.found("volume_spike")) == 10
+
+    def test_a_pair_that_seldom_trades_has_none(self) -> None:
+        tape = Tape()
+        for _ in range(36):
+            tape.trade(60_000.0)
+            tape.tick(35)
+        tape.trade(60_000.0, 100_000.0)
+        tape.tick()
+        assert tape.found("volume_spike") == []
+
     def test_three_times_the_usual_is_none(self) -> None:
         tape = Tape()
         tape.market(600)
