@@ -63,6 +63,7 @@ class Sink:
         self._failures = 0
         self._shown: dict[TopicPartition, int] = {}
         self._show_at = 0.0
+        self._showing: asyncio.Task[None] | None = None
         self._moved_at = 0.0
 
     async def run(self) -> None:
@@ -86,8 +87,8 @@ class Sink:
             while True:
                 await self._turn(consumer)
         finally:
-            if self._writing is not None:
-                self._writing.cancel()
+            for task in filter(None, (self._writing, self._showing)):
+                task.cancel()
             if self._connection is not None:
                 self._connection.terminate()
             with contextlib.suppress(TimeoutError):
@@ -112,7 +113,7 @@ class Sink:
                 return
             self._gather([record for records in batch.values() for record in records])
             await self._pass_on()
-            await self._show(consumer)
+            self._show(consumer)
             if batch:
                 self._moved_at = time.monotonic()
             elif time.monotonic() - self._moved_at > STALL_S:
@@ -245,8 +246,9 @@ class Sink:
                 error=reason[:200],
             )
 
-    async def _show(self, consumer: AIOKafkaConsumer) -> None:
-        """Sets the metric, and now and then Kafka's own offsets: those are for display, so failing is fine."""
+    def _show(self, consumer: AIOKafkaConsumer) -> None:
+        """Sets the metric, and now and then Kafka's own offsets: those are for display, so failing is fine, and nobody
+        waits for it."""
         lag = 0
         for place in consumer.assignment():
             end = consumer.highwater(place)
@@ -255,11 +257,13 @@ class Sink:
         metrics.SINK_LAG.labels(self._table.name).set(lag)
         if self._positions != self._shown and time.monotonic() >= self._show_at:
             self._show_at = time.monotonic() + SHOW_S
-            shown = dict(self._positions)
-            with contextlib.suppress(KafkaError, TimeoutError):
-                async with asyncio.timeout(SHOW_S / 4):  # aiokafka would try again for ever
-                    await consumer.commit(shown)
-                self._shown = shown
+            self._showing = asyncio.create_task(self._commit(consumer, dict(self._positions)))
+
+    async def _commit(self, consumer: AIOKafkaConsumer, shown: dict[TopicPartition, int]) -> None:
+        with contextlib.suppress(KafkaError, TimeoutError):
+            async with asyncio.timeout(SHOW_S / 4):  # aiokafka would try again for ever
+                await consumer.commit(shown)
+            self._shown = shown
 
     async def _look_for_stall(self, consumer: AIOKafkaConsumer) -> None:
         self._moved_at = time.monotonic()

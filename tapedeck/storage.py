@@ -67,7 +67,7 @@ async def apply(connection: asyncpg.Connection, settings: Settings) -> None:
 async def _hypertable(connection: asyncpg.Connection, kept: Kept) -> None:
     known = "SELECT count(*) FROM timescaledb_information.hypertables WHERE hypertable_name = $1"
     if not await connection.fetchval(known, kept.table):
-        log.info("moving rows into a hypertable", table=kept.table)
+        log.info("making a hypertable", table=kept.table)
         await connection.execute(
             f"SELECT create_hypertable('{kept.table}', by_range('time', INTERVAL '{kept.chunk}'), "
             "create_default_indexes => false, migrate_data => true)",
