@@ -29,7 +29,7 @@ from pydantic import SecretStr
 
 from schemas import events, topics
 from schemas.events import MINUTE_NS, NS_PER_MS
-from sinks import service, tables, writer
+from sinks import assignment, service, tables, writer
 from tapedeck import database
 from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.settings import Settings
@@ -509,7 +509,7 @@ async def test_sinks_may_come_and_go_under_load(
         await asyncio.sleep(0.3)
         self.places = set(assigned)
 
-    monkeypatch.setattr(service._Assignment, "on_partitions_assigned", tell_late)
+    monkeypatch.setattr(assignment.Assignment, "on_partitions_assigned", tell_late)
     async with load.running(), sinking(settings, "quotes") as shell:
         for _ in range(2):
             await until(partial(says, shell, None))
