@@ -90,7 +90,8 @@ class ArchiveSink:
             max_partition_fetch_bytes=FETCH_BYTES,
         )
         try:
-            await asyncio.to_thread(self._archive.sweep, time.time())
+            with contextlib.suppress(StorageAway):
+                await self._store(self._archive.sweep, time.time())
             await consumer.start()
             consumer.subscribe(
                 [self._settings.topic_prefix + topic.name for topic in topics.ARCHIVED], listener=self._assignment
@@ -153,6 +154,7 @@ class ArchiveSink:
                     f"{ends[place]}: it belongs to another Kafka (or its log was lost). Set another ARCHIVE_URL"
                 )
             if at < begins[place]:
+                metrics.SINK_LOST.labels(NAME).inc(begins[place] - at)
                 log.error(
                     "the log was overtaken by retention: the archive has a hole",
                     place=f"{place.topic}[{place.partition}]",
@@ -191,6 +193,7 @@ class ArchiveSink:
                 del entries[: len(part)]
                 metrics.COMMIT_SECONDS.labels(NAME).observe(time.perf_counter() - started)
                 metrics.ROWS.labels(NAME).inc(len(part))
+                metrics.NEWEST_ROW.labels(NAME).set(part[-1].timestamp_ms / 1000)
                 metrics.ARCHIVE_BYTES.inc(size)
                 newest = self._hours.setdefault(place, span.hour)
                 if span.hour != newest:

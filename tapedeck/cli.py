@@ -305,7 +305,13 @@ def demo(**options: Any) -> int:
 @click.option("--to", "until", type=Moment(), required=True, help="The time before which it ends.")
 @click.option("--symbols", type=Symbols(), help="Only these pairs; default: all.")
 @click.option("--speed", type=Speed(), default="max", show_default=True, help="Times real time, or max.")
-@click.option("--source", type=click.Choice(["kafka", "archive"]), default="kafka", show_default=True)
+@click.option(
+    "--source",
+    type=click.Choice(["kafka", "archive"]),
+    default="kafka",
+    show_default=True,
+    help="Where history is read.",
+)
 @click.option("--prefix", default="replay.", show_default=True, help="Of the topics to play it onto.")
 def replay(since: int, until: int, symbols: list[str] | None, speed: float, source: "Source", prefix: str) -> int:
     """Play history onto topics again, with its order, times and identities.

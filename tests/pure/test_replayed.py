@@ -1,0 +1,53 @@
+"""What a filtered replay leaves out takes a number all the same, and what it keeps keeps its bytes."""
+
+import pytest
+
+from processors.pipeline import Pipeline
+from processors.settings import PipelineSettings
+from producers.replayed import replayed, wanted
+from schemas import rest, wire
+from schemas.raw import RawRecord
+
+SYMBOLS = frozenset({"BTC-USD"})
+OUT = wire.LEFT_OUT
+
+
+def of(value: bytes, kind: str = "slice") -> bytes | None:
+    record = RawRecord(1, 0, kind, 1, 0, [(0, 1)], value)
+    headers, value_after = replayed(record.headers(), value, SYMBOLS, "replay")
+    assert headers == record._replace(src="replay").headers()
+    return value_after
+
+
+@pytest.mark.parametrize(
+    ("value", "after"),
+    [
+        (
+            b'[{"ev":"XT", "pair":"X:BTCUSD"},{"ev":"XT","pair":"ETH-USD"}]',
+            b'[{"ev":"XT", "pair":"X:BTCUSD"},' + OUT + b"]",
+        ),
+        (b'[{"ev":"XQ","pair":"eth-usd","p":1E+3}]', b"[" + OUT + b"]"),
+        (b'[ {"ev":"XQ","pair":"BTC-USD","p":1E+3} ]', b'[ {"ev":"XQ","pair":"BTC-USD","p":1E+3} ]'),
+        # What names no pair stays: it may be anybody's.
+        (b'[null,5,{"ev":"XT"},{"ev":"XT","pair":7}]', b'[null,5,{"ev":"XT"},{"ev":"XT","pair":7}]'),
+        (b"no array", b"no array"),
+        (b"", b""),
+    ],
+)
+def test_events_of_other_pairs_are_left_out(value: bytes, after: bytes) -> None:
+    assert of(value) == after
+    assert of(value, "bad") == value
+
+
+def test_the_pipeline_counts_what_was_left_out_and_says_nothing_of_it() -> None:
+    pipeline = Pipeline(1, PipelineSettings())
+    record = RawRecord(1, 1_732_200_000_000, "slice", 1, 0, [(0, 3)], b"[" + b",".join([OUT] * 3) + b"]", "replay")
+    assert pipeline.process(record) == []
+    assert pipeline.counts == {"take": 1, "left_out": 3}
+
+
+def test_groups_of_rest_go_by_their_pair() -> None:
+    groups = [rest.records_of(1, pair, 1_732_200_000_000_000_000, "trades", [], 1) for pair in ("X:BTC-USD", "ETH-USD")]
+    assert [wanted(headers, SYMBOLS) for ((headers, _),) in groups] == [True, False]
+    assert wanted(groups[1][0][0], frozenset())
+    assert wanted([("kind", b"something else")], SYMBOLS)
