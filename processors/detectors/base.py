@@ -151,6 +151,9 @@ class Counting(Detector):
         self._counts[note.symbol] = count + 1, first
 
     def tick(self, before: int, tick: int, fresh: Sequence[str] | None) -> Iterable[Finding]:
+        return self._enough() if self._counts else ()
+
+    def _enough(self) -> Iterable[Finding]:
         for symbol, (count, first) in self._counts.items():
             if count >= self.settings.least and symbol not in self._said:
                 self._said.add(symbol)

@@ -47,6 +47,7 @@ class VendorMismatch(Detector):
         self._minutes: dict[tuple[int, str], _Minute] = {}
         self._gaps: list[Gap] = []
         self._settle_ns = round(settings.settle_s * NS_PER_S)
+        self._due = 0  # before this no minute is to be judged or dropped; it follows from the minutes
 
     def vendor_bar(self, bar: VendorBar, at: int) -> None:
         if bar.interval == "1m" and (minute := self._minute(bar.start, bar.symbol, at)) is not None:
@@ -58,9 +59,10 @@ class VendorMismatch(Detector):
                 minute.ours, minute.changed = bar, tick
 
     def _minute(self, start: int, symbol: str, at: int) -> _Minute | None:
-        """None for one that is too old to be known."""
+        """One that is about to change; None for one that is too old to be known."""
         if start + MINUTE_NS + KNOWN_NS <= at:
             return None
+        self._due = 0
         return self._minutes.setdefault((start, symbol), _Minute())
 
     def gap(self, gap: Gap, at: int) -> None:
@@ -68,18 +70,26 @@ class VendorMismatch(Detector):
             self._gaps.append(gap)
 
     def tick(self, before: int, tick: int, fresh: Sequence[str] | None) -> Iterable[Finding]:
+        return self._settled(tick) if tick >= self._due else ()
+
+    def _settled(self, tick: int) -> Iterable[Finding]:
+        due = []
         for (start, symbol), minute in list(self._minutes.items()):
-            if start + MINUTE_NS + KNOWN_NS <= tick:
+            dropped = start + MINUTE_NS + KNOWN_NS
+            if dropped <= tick:
                 del self._minutes[start, symbol]
-            elif (
-                not minute.judged
-                and minute.theirs is not None
-                and max(start + MINUTE_NS, minute.changed) + self._settle_ns <= tick
-            ):
+                continue
+            due.append(dropped)
+            if not minute.judged and minute.theirs is not None:
+                settled = max(start + MINUTE_NS, minute.changed) + self._settle_ns
+                if settled > tick:
+                    due.append(settled)
+                    continue
                 minute.judged = True
                 finding = self._judge(minute.ours, minute.theirs)
                 if finding is not None:
                     yield finding
+        self._due = min(due, default=tick)
 
     def _judge(self, ours: Bar | None, theirs: VendorBar) -> Finding | None:
         if any(

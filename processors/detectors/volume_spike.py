@@ -71,7 +71,8 @@ class VolumeSpike(Detector):
         if pair.volume:
             pair.past[pair.window] = log(pair.volume)
         pair.window, pair.volume, pair.limit = window, 0.0, inf
-        pair.past = {w: volume for w, volume in pair.past.items() if w >= window - WINDOWS}
+        while pair.past and (oldest := next(iter(pair.past))) < window - WINDOWS:
+            del pair.past[oldest]
         count = len(pair.past)
         if count >= LEAST_WINDOWS and 2 * count >= window - min(pair.past):
             volumes = sorted(pair.past.values())

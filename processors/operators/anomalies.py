@@ -110,7 +110,9 @@ class Anomalies:
             for _, detector in self._on_bars:
                 detector.bars(bars, tick)
         for order, detector in self._on_tick:
-            self._keep(order, detector, detector.tick(before, tick, fresh))
+            findings = detector.tick(before, tick, fresh)
+            if findings:
+                self._keep(order, detector, findings)
         if tick // MINUTE_NS != before // MINUTE_NS:
             self._forget(tick)
         if not self._found:

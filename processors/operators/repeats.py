@@ -16,6 +16,7 @@ class Repeats:
         self.memory_ns = lateness_ns + MINUTE_NS
         self._lateness_ns = lateness_ns
         self._minutes: dict[int, dict[str, set[int]]] = {}
+        self._oldest = 0  # that is not forgotten yet
 
     def seen(self, symbol: str, exchange: int, trade_id: str, ts: int) -> bool:
         """Whether the trade was seen before; from now on it was."""
@@ -34,9 +35,11 @@ class Repeats:
 
     def tick(self, tick: int) -> None:
         """Forgets the minutes that are wholly past the horizon."""
-        horizon = tick - self._lateness_ns
-        for minute in [m for m in self._minutes if m + MINUTE_NS <= horizon]:
-            del self._minutes[minute]
+        oldest = (tick - self._lateness_ns) // MINUTE_NS * MINUTE_NS
+        if oldest != self._oldest:
+            self._oldest = oldest
+            for minute in [m for m in self._minutes if m < oldest]:
+                del self._minutes[minute]
 
     def state(self) -> object:
         return self._minutes
