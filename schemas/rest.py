@@ -19,8 +19,9 @@ MAX_PARTS = 1_000  # half a million trades in a minute
 
 
 class Repair(msgspec.Struct, frozen=True):
-    """`number`: from 1, a new one for each attempt. `pair` in any spelling of the vendor's, `minute` its start in ns,
-    `part` from 0. `of`: whether the results are those of `/v3/trades` or the one of `/v2/aggs`."""
+    """`number`: from 1, a new one for each attempt. `pair` with its hyphen; without one its last three letters are the
+    quote currency (docs/protocol.md). `minute` its start in ns, `part` from 0. `of`: whether the results are those of
+    `/v3/trades` or the one of `/v2/aggs`."""
 
     number: int
     pair: str

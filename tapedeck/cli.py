@@ -396,6 +396,22 @@ def log(out: Path) -> int:
 
 
 @cli.command()
+def reference() -> int:
+    """Fetch the names of pairs and exchanges from the vendor's REST into the database.
+
+    Queries join them; nothing waits for them. Needs POLYGON_API_KEY; again whenever something new is listed.
+    """
+    from producers.reference import refresh
+    from tapedeck import logs
+
+    settings = _settings()
+    logs.configure(settings, "reference")
+    pairs, exchanges = asyncio.run(refresh(settings))
+    click.echo(f"{pairs:,} pairs in tickers, {exchanges:,} exchanges in exchanges", err=True)
+    return 0
+
+
+@cli.command()
 @click.argument("action", type=click.Choice(["compact"]), metavar="compact")
 def archive(action: str) -> int:
     """Merge the small files of the archive, as its sink does by itself once an hour is past.
