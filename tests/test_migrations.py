@@ -25,7 +25,16 @@ from tapedeck import database, storage
 from tapedeck.errors import TapedeckError
 from tapedeck.settings import Settings
 
-PLAIN = {"sink_offsets", "sink_dead_letters", "sink_losses", "gaps", "dead_letters", "quarantine", "exchanges", "tickers"}
+PLAIN = {
+    "sink_offsets",
+    "sink_dead_letters",
+    "sink_losses",
+    "gaps",
+    "dead_letters",
+    "quarantine",
+    "exchanges",
+    "tickers",
+}
 TABLES = PLAIN | {
     "crypto_trades",
     "crypto_quotes",
