@@ -3,7 +3,7 @@
 Rollups are made of the bars as they come, as by a worker that is never behind.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,36 +20,43 @@ FILES = {
 }
 
 
+def run(
+    records: Iterable[tuple[int, RawRecord | Foreign]], settings: PipelineSettings, close: bool = False
+) -> Iterator[tuple[int, Output]]:
+    """(partition, output) of (offset, record) pairs, through a pipeline per partition and the rollups behind it. A
+    partition that does not begin at offset 0 is taken up in its middle."""
+    pipelines: dict[int, Pipeline] = {}
+    rollups: dict[int, Rollups] = {}
+
+    def rolled_up(partition: int, outputs: list[Output]) -> Iterator[tuple[int, Output]]:
+        for output in outputs:
+            yield partition, output
+            if output.topic == topics.BARS_1M.name:
+                bar = BarRecord(output.timestamp_ms, output.value, 0)
+                yield from rolled_up(partition, rollups[partition].process(bar))
+
+    for offset, record in records:
+        pipeline = pipelines.get(record.partition)
+        if pipeline is None:
+            middle = offset > 0
+            run_in = RUN_IN_RECORDS if middle else 0
+            pipeline = pipelines[record.partition] = Pipeline(record.partition, settings, run_in, middle)
+            rollups[record.partition] = Rollups(record.partition)
+        yield from rolled_up(record.partition, pipeline.process(record))
+    if close:
+        for partition, pipeline in sorted(pipelines.items()):
+            yield from rolled_up(partition, pipeline.close())
+
+
 def compute(
     records: Iterable[tuple[int, RawRecord | Foreign]], out: Path, settings: PipelineSettings, close: bool
 ) -> dict[str, int]:
-    """Runs (offset, record) pairs through a pipeline per partition, writes the values to `out`, one file a
-    topic, and returns the number of lines by file name. A partition that does not begin at offset 0 is
-    taken up in its middle."""
+    """Runs the records, writes the values to `out`, one file a topic, and returns the number of lines by file name."""
     out.mkdir(parents=True, exist_ok=True)
-    pipelines: dict[int, Pipeline] = {}
-    rollups: dict[int, Rollups] = {}
     counts = dict.fromkeys(FILES.values(), 0)
     with ExitStack() as stack:
         files = {name: stack.enter_context((out / file).open("wb")) for name, file in FILES.items()}
-
-        def write(partition: int, outputs: list[Output]) -> None:
-            for output in outputs:
-                files[output.topic].write(output.value + b"\n")
-                counts[FILES[output.topic]] += 1
-                if output.topic == topics.BARS_1M.name:
-                    bar = BarRecord(output.timestamp_ms, output.value, 0)
-                    write(partition, rollups[partition].process(bar))
-
-        for offset, record in records:
-            pipeline = pipelines.get(record.partition)
-            if pipeline is None:
-                middle = offset > 0
-                run_in = RUN_IN_RECORDS if middle else 0
-                pipeline = pipelines[record.partition] = Pipeline(record.partition, settings, run_in, middle)
-                rollups[record.partition] = Rollups(record.partition)
-            write(record.partition, pipeline.process(record))
-        if close:
-            for partition, pipeline in sorted(pipelines.items()):
-                write(partition, pipeline.close())
+        for _, output in run(records, settings, close):
+            files[output.topic].write(output.value + b"\n")
+            counts[FILES[output.topic]] += 1
     return counts
