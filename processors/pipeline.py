@@ -78,7 +78,8 @@ class Pipeline:
         self._fingerprint = settings.fingerprint()
         self._filter = ResendFilter(run_in)
         self._repeats = Repeats(settings.lateness_ns)
-        self._bars = Bars(settings.lateness_ns, settings.grace_ns, self._fingerprint)
+        forming = settings.fills(topics.FORMING)
+        self._bars = Bars(settings.lateness_ns, settings.grace_ns, self._fingerprint, forming)
         judging = Anomalies if settings.fills(topics.ANOMALIES) else Silent
         self._anomalies = judging(partition, settings.detectors, self._fingerprint)
         self._fills_trades = settings.fills(topics.TRADES)
@@ -106,6 +107,11 @@ class Pipeline:
     def taken_ms(self) -> int | None:
         """The timestamp of the last record that was taken, ms: nothing in the state is newer."""
         return self._filter.last_ms
+
+    @property
+    def taken(self) -> tuple[int, int]:
+        """Epoch and number of the first event that was not taken."""
+        return self._filter.epoch, self._filter.next
 
     def process(self, record: RawRecord | Foreign) -> list[Output]:
         """The outputs of the next record of the log. A foreign one goes to the dead letters and touches no state."""

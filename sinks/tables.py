@@ -20,7 +20,8 @@ class Table(NamedTuple):
     """One destination: a consumer group of its own reads `topics` into `name`.
 
     `line` makes a row of a record's value, None of one that is no row (a marker); it raises ValueError and
-    RecursionError. Where there is a `channel`, `insert` returns what its listeners are told of each row it changed.
+    RecursionError. `selected` is what a staged row becomes in it: `time` and the columns. Where
+    there is a `channel`, `insert` returns what its listeners are told of each row it changed.
     """
 
     sink: str
@@ -28,6 +29,7 @@ class Table(NamedTuple):
     topics: tuple[topics.Topic, ...]
     columns: tuple[str, ...]
     line: Callable[[bytes], str | None]
+    selected: str
     insert: str
     channel: str | None = None
 
@@ -100,7 +102,7 @@ def _kept(
     """The first of each key stays."""
     columns, selected = _selected(event, time)
     insert = f"INSERT INTO {name} ({columns}) SELECT {selected} FROM staged ON CONFLICT DO NOTHING{_returning(told)}"
-    return Table(sink, name, (topic,), _columns(event), _lines(decode), insert, channel)
+    return Table(sink, name, (topic,), _columns(event), _lines(decode), selected, insert, channel)
 
 
 def _returning(told: Sequence[str]) -> str:
@@ -126,7 +128,8 @@ def _bars() -> Table:
     )
     told = _returning(("symbol", "interval", "start", "repair", "revision"))
     read = (topics.BARS_1M, *topics.ROLLUPS.values())
-    return Table("bars", name, read, _columns(events.Bar), _lines(events.decode_bar), insert + told, "tapedeck_bars")
+    line = _lines(events.decode_bar)
+    return Table("bars", name, read, _columns(events.Bar), line, selected, insert + told, "tapedeck_bars")
 
 
 TRADES = _kept("trades", "crypto_trades", topics.TRADES, events.Trade, events.decode_trade, "ts_event")

@@ -76,7 +76,7 @@ async def write(
     """
     async with connection.transaction():
         if lines:
-            await connection.copy_to_table("staged", source=_source(lines), columns=list(table.columns))
+            await connection.copy_to_table("staged", source=source(lines), columns=list(table.columns))
         await _move(connection, table, moves)
         if refused:
             await connection.executemany(
@@ -102,7 +102,8 @@ async def lose(connection: asyncpg.Connection, table: Table, place: TopicPartiti
         )
 
 
-async def _source(lines: Sequence[str]) -> AsyncIterator[bytes]:
+async def source(lines: Sequence[str]) -> AsyncIterator[bytes]:
+    """The lines as COPY wants them."""
     yield "".join(lines).encode()
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from tapedeck.history import Source
     from tapedeck.settings import Settings
 
+SHOWN = 20  # differences on the screen
 Existing = click.Path(exists=True, dir_okay=False, path_type=Path)
 Writable = click.Path(dir_okay=False, writable=True, path_type=Path)
 Folder = click.Path(file_okay=False, path_type=Path)
@@ -337,6 +339,72 @@ def replay(since: int, until: int, symbols: list[str] | None, speed: float, sour
     count = asyncio.run(play(settings, source, prefix, want))
     click.echo(f"{count:,} records onto the topics under {prefix}", err=True)
     return 0
+
+
+@cli.command()
+@click.argument("kind", type=click.Choice(["bars", "trades", "quotes"]), metavar="bars|trades|quotes")
+@click.option("--from", "since", type=Moment(), required=True, help="The first time compared, as 2026-11-26T14:30.")
+@click.option("--to", "until", type=Moment(), required=True, help="The first one that is not; UTC.")
+@click.option("--source", type=click.Choice(["kafka", "archive"]), default="kafka", show_default=True)
+@click.option("--verify/--apply", "verify", default=True, help="Only compare (default), or put the tables right.")
+@click.option("--out", type=Writable, help="Write every difference to this file, one JSON object a line.")
+def rebuild(**options: Any) -> int:
+    """Compute a stretch of history anew from the raw log, and compare the tables with it.
+
+    With --apply they are put right, in one transaction. Bars are those of all intervals that lie in the stretch, with
+    their history, and the vendor's. Exit code 0: no difference, or none any more; 1: there are.
+    """
+    from tapedeck import logs
+
+    settings = _settings()
+    logs.configure(settings, "rebuild")
+    return asyncio.run(_rebuild(settings, **options))
+
+
+async def _rebuild(
+    settings: "Settings", kind: str, since: int, until: int, source: "Source", verify: bool, out: Path | None
+) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from processors.recompute import Recomputation
+    from processors.settings import chosen
+    from sinks import differences, mend
+    from tapedeck.errors import TapedeckError
+
+    if since >= until:
+        raise click.UsageError("--from must be before --to")
+    pipeline = chosen(settings)
+    async with mend.mending(settings, kind, since, until) as tables:
+        made = Recomputation(settings, pipeline, source, tables.topics, since, until)
+        with Progress(console=Console(stderr=True)) as progress:
+            async for topic, values in made.values(progress):
+                await tables.stage(topic, values)
+        reach = made.reach()
+
+        async def bounds() -> mend.Bounds:
+            begins, settled, taken = reach.begins, reach.settled, reach.taken
+            return mend.Bounds(reach.since, until, begins, settled, await made.moves(), pipeline.fingerprint(), taken)
+
+        if reach.since >= until:
+            raise TapedeckError(f"the log ({source}) was deleted up to there: another --source may still have it")
+        if reach.since > since:
+            click.echo("the log begins too late to tell of all of it: another --source may still have it", err=True)
+        counts = await tables.compare(bounds, not verify, None if out else SHOWN)
+        listed: list[mend.Difference] = []
+        with out.open("wb") if out else nullcontext() as file:
+            async for difference in tables.differences():
+                if file:
+                    file.write(differences.line(difference))
+                if len(listed) < SHOWN:
+                    listed.append(difference)
+    if counts:
+        Console().print(differences.screen(counts, listed))
+    wrong = sum(count for (_, what), count in counts.items() if what in mend.WRONG)
+    found = f"{wrong:,} differences" if wrong else "no difference"
+    verdict = "put right" if wrong and not verify else "--apply puts them right" if wrong else "the log makes the same"
+    click.echo(f"{kind} from {mend.timestamp(reach.since)} to {mend.timestamp(until)}: {found}, {verdict}")
+    return 1 if wrong and verify else 0
 
 
 # -- the log without the line ---------------------------------------------------------------------

@@ -189,6 +189,16 @@ async def consumer(settings: Settings, *partitions: TopicPartition, group: str |
     return reader
 
 
+async def ends(settings: Settings, places: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
+    """The offset behind the last record of each place. Raises KafkaError."""
+    reader = await consumer(settings)
+    try:
+        found: dict[TopicPartition, int] = await reader.end_offsets(list(places))
+        return found
+    finally:
+        await reader.stop()
+
+
 class Publisher:
     """Publishes lists of records, in order within each partition, with one list in flight at a time.
 

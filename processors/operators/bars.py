@@ -90,14 +90,16 @@ class Bars:
     """The minutes of one partition inside the lateness horizon.
 
     A minute is closed once a tick has reached its end plus grace. A bar is emitted when its minute closes,
-    and again at the next tick after something changed it: a late trade, or a gap that touches it.
+    and again at the next tick after something changed it: a late trade, or a gap that touches it. `forming`: whether
+    anybody wants the open ones.
     """
 
-    def __init__(self, lateness_ns: int, grace_ns: int, fingerprint: str) -> None:
+    def __init__(self, lateness_ns: int, grace_ns: int, fingerprint: str, forming: bool = True) -> None:
         self.memory_ns = lateness_ns + MINUTE_NS + grace_ns
         self._lateness_ns = lateness_ns
         self._grace_ns = grace_ns
         self._fingerprint = fingerprint
+        self._forming = forming
         self._minutes: dict[int, dict[str, _Minute]] = {}
         self._gaps: list[_SeenGap] = []
         self._changed: set[tuple[int, str]] = set()  # those that are dirty
@@ -162,7 +164,7 @@ class Bars:
             minute.dirty = False
             if self.closed(start, tick):
                 final.append(self._bar(symbol, start, minute, "final"))
-            else:
+            elif self._forming:
                 forming.append(self._bar(symbol, start, minute, "forming"))
         self._changed.clear()
         horizon = tick - self._lateness_ns

@@ -13,9 +13,20 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from processors.pipeline import Output
+from processors.recompute import Minutes
 from processors.rollups import DAY_NS, HOUR_NS, BarRecord, Rollups
 from schemas import topics
-from schemas.events import MINUTE_NS, NS_PER_MS, Bar, MinuteClosed, MinuteEmpty, Missed, decode_dead_letter, encode
+from schemas.events import (
+    MINUTE_NS,
+    NS_PER_MS,
+    Bar,
+    MinuteClosed,
+    MinuteEmpty,
+    Missed,
+    decode_bar,
+    decode_dead_letter,
+    encode,
+)
 from schemas.raw import bytes_of
 
 from .reference import decoded
@@ -518,3 +529,33 @@ class TestEveryLog:
             return [o for one in records for o in stage.process(one) if o.topic != topics.DEAD_LETTERS.name]
 
         assert made(log) == made(log[: at + length] + stretch + log[at + length :])
+
+
+class TestRebuiltHistory:
+    """A repair stands in its own minute's place, however late it came."""
+
+    def test_a_repair_too_old_for_the_stream_is_in_the_rebuilt_bars_of_its_day(self) -> None:
+        late = bar(5, price="200", repair=7, flags=["repaired"])
+        days = [bar(day * DAY + 5) for day in range(6)]
+        markers = [MinuteClosed(0, T0 + day * DAY_NS, [], "f0") for day in range(1, 7)]
+        log = [
+            record(event, day * DAY) for day, pair in enumerate(zip(days, markers, strict=True), 1) for event in pair
+        ]
+        live = Rollups(0)
+        streamed = [output for entry in [*log, record(late, 6 * DAY)] for output in live.process(entry)]
+        repaired = [_output(late, 6 * DAY)]
+        rebuilt = Minutes(0, repaired).rolled_up(
+            [_output(decode_bar(entry.value), day // 2 * DAY) for day, entry in enumerate(log, 2)]
+        )
+
+        def first_day(outputs: list[Output]) -> list[tuple[int, Decimal]]:
+            bars = [decode_bar(output.value) for output in outputs if output.topic == "bars.1d.v1"]
+            return [(bar.repair, bar.close) for bar in bars if isinstance(bar, Bar) and bar.start == T0]
+
+        assert first_day(streamed) == [(0, Decimal(100))]
+        assert first_day(rebuilt) == [(7, Decimal(200))]
+
+
+def _output(event: Bar | MinuteEmpty | MinuteClosed, at: float) -> Output:
+    made = record(event, at)
+    return Output(topics.BARS_1M.name, None, made.value, made.timestamp_ms, isinstance(event, MinuteClosed))
