@@ -407,6 +407,32 @@ async def _rebuild(
     return 1 if wrong and verify else 0
 
 
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object, with all symbols.")
+def status(as_json: bool) -> int:
+    """The line on one screen: topics and who is behind, newest rows, gaps, what was kept aside, sizes on disk.
+
+    Whatever cannot be asked is said, and the exit code is then 1.
+    """
+    import msgspec
+
+    from tapedeck import logs
+    from tapedeck.status import look
+
+    settings = _settings()
+    logs.configure(settings, "status")
+    found = asyncio.run(look(settings))
+    if as_json:
+        click.echo(msgspec.json.encode(found))
+    else:
+        from rich.console import Console
+
+        from tapedeck.status_view import screen
+
+        Console().print(screen(found))
+    return 1 if found.trouble else 0
+
+
 # -- the log without the line ---------------------------------------------------------------------
 
 
