@@ -57,7 +57,7 @@ class Embedded:
             )
 
     def wait_ready(self) -> None:
-        assert self._service.ready(60), self._service.log_tail()
+        assert self._service.ready(120), self._service.log_tail()
 
     def kill(self) -> None:
         self.process.kill()
@@ -265,19 +265,24 @@ class Market(NamedTuple):
         return self.record.read_bytes().count(b'"ev"') if self.record.exists() else 0
 
 
-@pytest.fixture
-async def market(spawn: Spawn, tmp_path: Path) -> AsyncIterator[Market]:
-    frames = tmp_path / "frames.ndjson"
+@pytest.fixture(scope="session")
+def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every market plays: longer than any test takes, also where Kafka needs a minute to come back."""
+    path = tmp_path_factory.mktemp("market") / "frames.ndjson"
     # Of today: for records older than a day a broker that was killed no longer knows what it has of a producer.
-    write_frames(frames, RATE, 60, per_frame=4, begin_ms=int(time.time() * 1000))
-    async with playing(spawn, frames) as market:
+    write_frames(path, RATE, 180, per_frame=4, begin_ms=int(time.time() * 1000))
+    return path
+
+
+@pytest.fixture
+async def market(spawn: Spawn, frames: Path, tmp_path: Path) -> AsyncIterator[Market]:
+    async with playing(spawn, frames, tmp_path / "sent.ndjson") as market:
         yield market
 
 
 @contextlib.asynccontextmanager
-async def playing(spawn: Spawn, frames: Path) -> AsyncIterator[Market]:
+async def playing(spawn: Spawn, frames: Path, record: Path) -> AsyncIterator[Market]:
     """A simulated feed of these frames."""
-    record = frames.with_name("sent.ndjson")
     port, rest = free_ports(2)
     ports = ["--port", str(port), "--rest-port", str(rest)]
     feed = spawn("simulate", *ports, "--frames", str(frames), "--speed", "1", "--record", str(record))
