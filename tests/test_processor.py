@@ -226,6 +226,7 @@ MISFORTUNES += ["kill"] * 4 + ["join", "kill", "kill", "freeze", "kill", "broker
 HOW_MANY = int(os.environ.get("TAPEDECK_MISFORTUNES", "8"))
 
 
+@pytest.mark.timeout(60 * HOW_MANY)
 async def test_no_misfortune_changes_a_byte(line: Line, servers: Servers, tmp_path: Path) -> None:
     """Each strikes while somebody is at work on a backlog."""
     if servers.broker is None:
@@ -245,7 +246,7 @@ async def test_no_misfortune_changes_a_byte(line: Line, servers: Servers, tmp_pa
         async def at_work(before: int = before) -> bool:
             return await line.trades() > before
 
-        await until(at_work, 60)
+        await until(at_work, 120)
         await strike(kind, line, servers, rng)
         await sending
     await line.done()
