@@ -51,11 +51,12 @@ class Due(NamedTuple):
 class Stretch:
     """What is played of one partition."""
 
-    def __init__(self, topic: topics.Topic, target: str, log: History, first: int, end: int) -> None:
+    def __init__(self, topic: topics.Topic, place: Place, log: History, first: int, end: int) -> None:
         self.count = end - first
         self._begins = first > 0
+        self._src = b""  # until the first record of ours
         self._topic = topic
-        self._target = target
+        self._place = place
         self._position = first
         self._batches = log.batches(first, end)
         self._times: list[int] = []
@@ -86,10 +87,11 @@ class Stretch:
         for at_ms, entry in zip(self._times[:count], self._entries[:count], strict=True):
             headers, value = entry.headers, entry.value
             if self._topic is topics.RAW:
-                headers, value = replayed(headers, value, symbols, self._src(headers))
+                headers, value = replayed(headers, value, symbols, self._source(headers))
             elif not wanted(headers, symbols):
                 continue
-            due.append(Due(at_ms, (self._target, entry.partition), entry._replace(headers=headers, value=value)))
+            again = Entry(entry.partition, entry.offset, entry.timestamp_ms, entry.key, headers, value)
+            due.append(Due(at_ms, self._place, again))
         if count:
             self._position = self._entries[count - 1].offset + 1
         if count < len(self._entries):
@@ -97,13 +99,15 @@ class Stretch:
         del self._entries[:count]
         return count, due
 
-    def _src(self, headers: Headers) -> str:
-        """What to call the source of a record: the first one of ours says that it is in the middle."""
+    def _source(self, headers: Headers) -> bytes:
+        """What to call the source of a record: the first one of ours says when it is in the middle."""
+        if self._src:
+            return self._src
         found = dict(headers).get("src")
-        if found is None or not (self._begins or found == REPLAY_BEGINS.encode()):
-            return REPLAY
-        self._begins = False
-        return REPLAY_BEGINS
+        if found is None:
+            return b""
+        self._src = REPLAY.encode()
+        return REPLAY_BEGINS.encode() if self._begins or found == REPLAY_BEGINS.encode() else self._src
 
 
 async def replay(settings: Settings, source: Source, prefix: str, want: Wanted) -> int:
@@ -169,7 +173,7 @@ async def _open(
     first, end = log.end, log.end
     if log.begin < log.end:
         first, end = await log.first_since(want.since_ms), await log.first_since(want.until_ms)
-    return Stretch(topic, prefix + topic.name, log, first, end)
+    return Stretch(topic, (prefix + topic.name, partition), log, first, end)
 
 
 async def _play(stretches: Sequence[Stretch], publisher: kafka.Publisher, want: Wanted) -> int:

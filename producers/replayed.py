@@ -7,12 +7,14 @@ from schemas import rest, wire
 Headers = list[tuple[str, bytes]]
 
 
-def replayed(headers: Headers, value: bytes | None, symbols: frozenset[str], src: str) -> tuple[Headers, bytes | None]:
+def replayed(
+    headers: Headers, value: bytes | None, symbols: frozenset[str], src: bytes
+) -> tuple[Headers, bytes | None]:
     """Of a raw record. With `symbols`, events of other pairs are left out of slices, each for a mark that takes its
     number; what names no pair stays."""
     if symbols and value and ("kind", b"slice") in headers:
         value = _filtered(value, symbols)
-    return [(name, src.encode() if name == "src" else data) for name, data in headers], value
+    return [(name, src if name == "src" else data) for name, data in headers], value
 
 
 def wanted(headers: Headers, symbols: frozenset[str]) -> bool:

@@ -9,6 +9,7 @@ import tempfile
 import uuid
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -139,19 +140,45 @@ def table_of(entries: Sequence[Entry]) -> pa.Table:
 
 def entries_of(batch: pa.RecordBatch) -> list[Entry]:
     partitions, offsets, timestamps, keys, headers, values = batch.columns
-    pairs = list(zip(headers.keys.to_pylist(), headers.items.to_pylist(), strict=True))
-    bounds = headers.offsets.to_pylist()
+    bounds = _numbers(headers.offsets, "i")
+    first, end = bounds[0], bounds[-1]
+    names, data = headers.keys.slice(first, end - first), headers.items.slice(first, end - first)
+    pairs = list(zip(_texts(names), _binaries(data), strict=True))
     return list(
         map(
             Entry,
-            partitions.to_pylist(),
-            offsets.to_pylist(),
-            timestamps.cast(pa.int64()).to_pylist(),
-            keys.to_pylist(),
-            (pairs[bounds[row] : bounds[row + 1]] for row in range(len(bounds) - 1)),
-            values.to_pylist(),
+            _numbers(partitions, "i"),
+            _numbers(offsets, "q"),
+            _numbers(timestamps, "q"),
+            _binaries(keys),
+            [pairs[bound - first : after - first] for bound, after in pairwise(bounds)],
+            _binaries(values),
         )
     )
+
+
+def _numbers(array: pa.Array, code: str) -> list[int]:
+    """Of an array without nulls. As `to_pylist`, which makes an object of Arrow's of each value in between."""
+    numbers = memoryview(array.buffers()[1]).cast("B").cast(code)  # type: ignore[call-overload]
+    found: list[int] = numbers[array.offset : array.offset + len(array)].tolist()
+    return found
+
+
+def _binaries(array: pa.Array) -> list[bytes | None]:
+    if array.null_count:
+        found: list[bytes | None] = array.to_pylist()
+        return found
+    _, offsets, data = array.buffers()
+    bounds = memoryview(offsets).cast("B").cast("i")[array.offset : array.offset + len(array) + 1]
+    whole = memoryview(data or b"")
+    return [bytes(whole[begin:end]) for begin, end in pairwise(bounds)]
+
+
+def _texts(array: pa.Array) -> list[str]:
+    """Few different ones."""
+    encoded = array.dictionary_encode()
+    names = encoded.dictionary.to_pylist()
+    return [names[index] for index in _numbers(encoded.indices, "i")]
 
 
 def _rows(parquet: pq.ParquetFile, part: Part, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:

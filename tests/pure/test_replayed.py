@@ -14,7 +14,7 @@ OUT = wire.LEFT_OUT
 
 def of(value: bytes, kind: str = "slice") -> bytes | None:
     record = RawRecord(1, 0, kind, 1, 0, [(0, 1)], value)
-    headers, value_after = replayed(record.headers(), value, SYMBOLS, "replay")
+    headers, value_after = replayed(record.headers(), value, SYMBOLS, b"replay")
     assert headers == record._replace(src="replay").headers()
     return value_after
 
@@ -41,7 +41,7 @@ def test_events_of_other_pairs_are_left_out(value: bytes, after: bytes) -> None:
 
 def test_the_pipeline_counts_what_was_left_out_and_says_nothing_of_it() -> None:
     pipeline = Pipeline(1, PipelineSettings())
-    record = RawRecord(1, 1_732_200_000_000, "slice", 1, 0, [(0, 3)], b"[" + b",".join([OUT] * 3) + b"]", "replay")
+    record = RawRecord(1, 1_732_200_000_000, "slice", 1, 0, [(0, 3)], b"[" + b",".join([OUT] * 3) + b"]", b"replay")
     assert pipeline.process(record) == []
     assert pipeline.counts == {"take": 1, "left_out": 3}
 
