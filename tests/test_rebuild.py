@@ -1,6 +1,5 @@
 """Tables damaged by hand are found out, and made whole again from the raw log."""
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -184,6 +183,7 @@ ALL = {
 }
 
 
+@pytest.mark.timeout(600)  # a line at work, and twenty rebuilds
 async def test_tables_are_what_the_log_and_the_archive_make_and_damaged_by_hand_become_so_again(
     tape: Tape, tmp_path: Path
 ) -> None:
@@ -241,14 +241,15 @@ async def assert_others_bars_are_left_alone(tape: Tape, before: Rows) -> None:
 
 
 async def assert_nothing_is_deleted_on_the_word_of_a_log_that_retention_cut(tape: Tape, before: Rows) -> None:
+    """What is left is shorter than the pipeline's memory, then nothing is."""
     places = raw_places(tape.settings, topics.RAW)
     ends = await clients.ends(tape.settings, places)
     admin = AIOKafkaAdminClient(**tape.settings.kafka_options())
     await admin.start()
-    for share in (10, 1):
+    for share in (40, 1):
         await admin.delete_records({place: RecordsToDelete(before_offset=end // share) for place, end in ends.items()})
-        for kind in KINDS:
-            with contextlib.suppress(TapedeckError) if share == 1 else contextlib.nullcontext():
-                assert await tape.rebuild(kind, apply=True) == {}
+        for kind in ("bars", "trades"):
+            with pytest.raises(TapedeckError, match="deleted up to there" if share > 1 else "holds nothing"):
+                await tape.rebuild(kind, apply=True)
         assert await tape.rows() == before
     await admin.close()
