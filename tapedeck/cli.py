@@ -88,6 +88,15 @@ class FaultSpec(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+from_source = click.option(
+    "--source",
+    type=click.Choice(["kafka", "archive"]),
+    default="kafka",
+    show_default=True,
+    help="Where history is read.",
+)
+
+
 def main() -> NoReturn:
     """The entry point: expected errors are one line on standard error, with exit code 1 or 2."""
     from tapedeck.errors import TapedeckError
@@ -307,13 +316,7 @@ def demo(**options: Any) -> int:
 @click.option("--to", "until", type=Moment(), required=True, help="The time before which it ends.")
 @click.option("--symbols", type=Symbols(), help="Only these pairs; default: all.")
 @click.option("--speed", type=Speed(), default="max", show_default=True, help="Times real time, or max.")
-@click.option(
-    "--source",
-    type=click.Choice(["kafka", "archive"]),
-    default="kafka",
-    show_default=True,
-    help="Where history is read.",
-)
+@from_source
 @click.option("--prefix", default="replay.", show_default=True, help="Of the topics to play it onto.")
 def replay(since: int, until: int, symbols: list[str] | None, speed: float, source: "Source", prefix: str) -> int:
     """Play history onto topics again, with its order, times and identities.
@@ -345,7 +348,7 @@ def replay(since: int, until: int, symbols: list[str] | None, speed: float, sour
 @click.argument("kind", type=click.Choice(["bars", "trades", "quotes"]), metavar="bars|trades|quotes")
 @click.option("--from", "since", type=Moment(), required=True, help="The first time compared, as 2026-11-26T14:30.")
 @click.option("--to", "until", type=Moment(), required=True, help="The first one that is not; UTC.")
-@click.option("--source", type=click.Choice(["kafka", "archive"]), default="kafka", show_default=True)
+@from_source
 @click.option("--verify/--apply", "verify", default=True, help="Only compare (default), or put the tables right.")
 @click.option("--out", type=Writable, help="Write every difference to this file, one JSON object a line.")
 def rebuild(**options: Any) -> int:
