@@ -37,10 +37,11 @@ help:
 demo: venv
 	@$(VENV)/bin/tapedeck demo $(ARGS)
 
+# Two at a time, each with servers of its own, for most of them wait for something most of the time.
 # The exit code is kept in a file too, for make itself knows only success and failure (.ci/run).
 test: venv-dev
 	@rm -f $(VENV)/test.exit
-	@$(PY) -m pytest $(ARGS) || { code=$$?; echo $$code >$(VENV)/test.exit; exit $$code; }
+	@$(PY) -m pytest -n 2 --dist worksteal $(ARGS) || { code=$$?; echo $$code >$(VENV)/test.exit; exit $$code; }
 
 lint: venv-dev
 	@$(PY) -m ruff check .
