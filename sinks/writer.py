@@ -68,7 +68,7 @@ async def write(
     connection: asyncpg.Connection, table: Table, lines: Sequence[str], moves: Moves, refused: Sequence[Refused] = ()
 ) -> int:
     """Writes rows and moves offsets (place to expected and new) together; returns the rows changed. Records that are
-    `refused` are kept beside, whole.
+    `refused` are kept beside, whole; again after the offsets were set back, that is a no-op too.
 
     Raises Fenced when any offset is not the expected one, and what asyncpg raises; either way nothing is
     written and nothing moved. The offsets are touched, and so locked, only when the rows have arrived: from
@@ -80,7 +80,7 @@ async def write(
         await _move(connection, table, moves)
         if refused:
             await connection.executemany(
-                "INSERT INTO sink_dead_letters VALUES ($1, $2, $3, $4, $5, $6, $7)",
+                "INSERT INTO sink_dead_letters VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING",
                 [(table.name, r.topic, r.partition, r.offset, why, r.key, r.value) for r, why in refused],
             )
         if not lines:

@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import asyncpg
@@ -722,6 +723,18 @@ async def test_a_sink_that_was_overtaken_goes_on_from_the_databases_offsets(
         await publish(topics.QUOTES, 0, [quote(3)])
         await reaches(db, tables.QUOTES, 4)
     assert {n for _, n in await places(db, tables.QUOTES)} == {0, 1, 2, 3}
+
+
+async def test_a_record_that_makes_no_row_may_come_again_after_the_offsets_were_set_back(
+    settings: Settings, db: asyncpg.Connection
+) -> None:
+    place = TopicPartition("any", 0)
+    record = SimpleNamespace(topic="any", partition=0, offset=0, key=None, value=b"{")
+    await writer.offsets(db, tables.QUOTES, [place])
+    for _ in range(2):
+        await writer.write(db, tables.QUOTES, [], {place: (0, 1)}, [writer.Refused(record, "why")])
+        await db.execute("UPDATE sink_offsets SET next_offset = 0")
+    assert await db.fetchval("SELECT count(*) FROM sink_dead_letters") == 1
 
 
 # -- Kafka's side ---------------------------------------------------------------------------------
