@@ -95,18 +95,25 @@ class _Kafka:
         return found.offset if found else self.end
 
     async def batches(self, first: int, end: int) -> AsyncIterator[list[Entry]]:
+        """Raises TapedeckError where retention is faster than the reader."""
         self._reader.seek(self._place, first)
         position = first
         while position < end:
             batches = await self._reader.getmany(self._place, timeout_ms=1000, max_records=BATCH_RECORDS)
-            entries = [
+            records = batches.get(self._place, ())
+            found = records[0].offset if records else await self._reader.position(self._place)
+            if found != position:  # the consumer went on at what was then the beginning
+                raise TapedeckError(
+                    f"{self._place.topic}[{self._place.partition}] lost records {position} to {found - 1} to retention "
+                    "while it was being read: run it again, or choose a later time"
+                )
+            if entries := [
                 Entry(r.partition, r.offset, r.timestamp, r.key, list(r.headers), r.value)
-                for r in batches.get(self._place, ())
+                for r in records
                 if r.offset < end
-            ]
-            if entries:
+            ]:
                 yield entries
-            position = await self._reader.position(self._place)
+            position += len(records)
             await asyncio.sleep(0)
 
 

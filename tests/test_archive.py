@@ -389,3 +389,18 @@ async def test_a_reader_goes_on_when_a_merge_takes_its_file(settings: Settings) 
         assert await log.first_since(17) == 17
         assert await log.timestamp_ms(39) == 39
         assert await log.first_since(40) == log.end == 40
+
+
+@pytest.mark.parametrize("left", [1, 0])
+async def test_who_reads_what_retention_just_took_is_told_so(
+    settings: Settings, publisher: clients.Publisher, left: int
+) -> None:
+    place = TopicPartition(settings.topic_prefix + topics.RAW.name, 3)
+    await publisher.publish(clients.Message(*place, None, b"%d" % n, n, []) for n in range(10))
+    admin = AIOKafkaAdminClient(**settings.kafka_options())
+    await admin.start()
+    async with open_history(settings, "kafka", topics.RAW, 3) as log:
+        await admin.delete_records({place: RecordsToDelete(before_offset=10 - left)})
+        with pytest.raises(TapedeckError, match=rf"\[3\] lost records 2 to {9 - left} to retention"):
+            await anext(log.batches(2, log.end))
+    await admin.close()
