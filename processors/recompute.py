@@ -87,15 +87,19 @@ class Recomputation:
         horizon = self._pipeline.lateness_ns + self._pipeline.grace_ns + MINUTE_NS
         return Reach(max(self._since, *self._deleted), min(self._begins), min(self._ticks) - horizon, self._taken)
 
-    async def moves(self) -> bool:
-        """Whether there may be more than was read. Raises TapedeckError."""
+    async def moved(self) -> set[str]:
+        """The topics of which there may be more than was read. Raises TapedeckError."""
+        where = self._settings.kafka_bootstrap_servers
         try:
-            return await kafka.ends(self._settings, self._ends) != self._ends
+            ends = await kafka.ends(self._settings, self._ends)
         except KafkaError as error:
-            if self._source == "archive":
-                return True
-            where = self._settings.kafka_bootstrap_servers
-            raise TapedeckError(f"Kafka at {where} went away: {error}. Nothing was changed: run it again") from error
+            if self._source == "kafka":
+                raise TapedeckError(
+                    f"Kafka at {where} went away: {error}. Nothing was changed: run it again"
+                ) from error
+            ends = {}
+        moved = {place.topic for place, end in self._ends.items() if ends.get(place) != end}
+        return {topic.removeprefix(self._settings.topic_prefix) for topic in moved}
 
     async def _partition(self, number: int, progress: Progress) -> AsyncIterator[list[Output]]:
         repaired = await self._repaired(number)

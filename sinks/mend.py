@@ -42,8 +42,8 @@ class Target(NamedTuple):
         return ("time", *self.table.columns)
 
 
-# A row came with or after the first event that was not read.
-_NOT_READ = """(r.time IS NULL AND (t.time < b.begins OR EXISTS (
+# A row came with or after the first event that was not read, or from REST, which has said more since.
+_NOT_READ = """(r.time IS NULL AND (t.time < b.begins OR t.epoch < 0 AND b.repairs_move OR EXISTS (
     SELECT FROM taken x WHERE x.partition = t.partition AND (t.epoch, t.n) >= (x.epoch, x.n) AND t.ts_recv >= x.recv
 )))"""
 # It has a higher order than the log gives it, and there may be, or there was, more of the log.
@@ -91,14 +91,15 @@ TARGETS = {
 
 class Bounds(NamedTuple):
     """What is compared, and what is known of it; times in ns. Rows of [since, until), of a log that `begins` there.
-    `moves`: it may have more than was read; then bars that end after `settled` may change. `taken`: by partition the
-    epoch, the number and the receive time of the first event that was not read."""
+    `moves`: it may have more than was read; then bars that end after `settled` may change. `repairs_move`: so may what
+    REST said. `taken`: by partition the epoch, the number and the receive time of the first event that was not read."""
 
     since: int
     until: int
     begins: int
     settled: int
     moves: bool
+    repairs_move: bool
     fingerprint: str
     taken: dict[int, tuple[int, int, int]]
 
@@ -137,7 +138,7 @@ class Mending:
             )
         await self._run(
             "CREATE TEMP TABLE bounds (since timestamptz, until timestamptz, until_ns bigint, begins timestamptz, "
-            "begins_ns bigint, settled bigint, moves bool, fingerprint text);"
+            "begins_ns bigint, settled bigint, moves bool, repairs_move bool, fingerprint text);"
             "CREATE TEMP TABLE taken (partition int, epoch bigint, n bigint, recv bigint)"
         )
         for target in self._targets:
@@ -189,7 +190,7 @@ class Mending:
 
     async def _bound(self, bounds: Bounds) -> None:
         await self._run(
-            "INSERT INTO bounds VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+            "INSERT INTO bounds VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
             timestamp(bounds.since),
             timestamp(bounds.until),
             bounds.until,
@@ -197,6 +198,7 @@ class Mending:
             bounds.begins,
             bounds.settled,
             bounds.moves,
+            bounds.repairs_move,
             bounds.fingerprint,
         )
         await self._connection.executemany(
@@ -237,17 +239,25 @@ class Mending:
             )
 
     async def _mend(self, target: Target) -> None:
+        """Where TimescaleDB has packed the rows, every chunk that the time does not rule out is unpacked whole; and of
+        a key no column may be set, not even to what it is."""
         columns, keys = _quoted(target.columns), _quoted(target.keys)
         due = f"FROM ({target.due}) r JOIN found_{target.name} f USING ({keys})"
-        new = ", ".join(f'"{column}" = n."{column}"' for column in target.columns)
-        same = _equal("t", "n", target.keys)
-        await self._run(
-            f"DELETE FROM {target.name} t USING found_{target.name} n WHERE n.kind = 'extra' AND {same}",
-        )
-        await self._run(
-            f"UPDATE {target.name} t SET {new} FROM (SELECT r.* {due} WHERE f.kind = 'changed') n WHERE {same}"
-        )
-        await self._run(f"INSERT INTO {target.name} ({columns}) SELECT {columns} {due} WHERE f.kind = 'missing'")
+        new = ", ".join(f'"{column}" = n."{column}"' for column in target.columns if column not in target.keys)
+        same = f"{_equal('t', 'n', target.keys)} AND t.time >= $1 AND t.time < $2"
+        stretch = timestamp(self._since), timestamp(self._until)
+        kinds = {row[0] for row in await self._connection.fetch(f"SELECT DISTINCT kind FROM found_{target.name}")}
+        if "extra" in kinds:
+            await self._run(
+                f"DELETE FROM {target.name} t USING found_{target.name} n WHERE n.kind = 'extra' AND {same}", *stretch
+            )
+        if "changed" in kinds:
+            await self._run(
+                f"UPDATE {target.name} t SET {new} FROM (SELECT r.* {due} WHERE f.kind = 'changed') n WHERE {same}",
+                *stretch,
+            )
+        if "missing" in kinds:
+            await self._run(f"INSERT INTO {target.name} ({columns}) SELECT {columns} {due} WHERE f.kind = 'missing'")
 
     async def _run(self, query: str, *values: object) -> None:
         await self._connection.execute(query, *values, timeout=LONG_S)

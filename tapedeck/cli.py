@@ -372,6 +372,7 @@ async def _rebuild(
 
     from processors.recompute import Recomputation
     from processors.settings import chosen
+    from schemas.topics import RAW_REST
     from sinks import differences, mend
     from tapedeck.errors import TapedeckError
 
@@ -386,8 +387,12 @@ async def _rebuild(
         reach = made.reach()
 
         async def bounds() -> mend.Bounds:
-            begins, settled, taken = reach.begins, reach.settled, reach.taken
-            return mend.Bounds(reach.since, until, begins, settled, await made.moves(), pipeline.fingerprint(), taken)
+            moved = await made.moved()
+            moves, repairs_move = bool(moved), RAW_REST.name in moved
+            fingerprint = pipeline.fingerprint()
+            return mend.Bounds(
+                reach.since, until, reach.begins, reach.settled, moves, repairs_move, fingerprint, reach.taken
+            )
 
         if reach.since >= until:
             raise TapedeckError(f"the log ({source}) was deleted up to there: another --source may still have it")

@@ -81,13 +81,18 @@ def _passing(error: BaseException) -> bool:
 async def open_connection(settings: Settings) -> asyncpg.Connection:
     """One attempt; raises what asyncpg raises.
 
-    The server ends it when it pauses inside a transaction: a process that froze holds nobody up for longer.
+    The server ends it when it pauses inside a transaction: a process that froze holds nobody up for longer. And
+    TimescaleDB sets no limit to how many old rows one transaction may look at; anywhere else that setting is a name.
     """
     return await asyncpg.connect(
         settings.database_url.get_secret_value(),
         timeout=10,
         command_timeout=60,
-        server_settings={"application_name": "tapedeck", "idle_in_transaction_session_timeout": "5s"},
+        server_settings={
+            "application_name": "tapedeck",
+            "idle_in_transaction_session_timeout": "5s",
+            "timescaledb.max_tuples_decompressed_per_dml_transaction": "0",
+        },
     )
 
 
