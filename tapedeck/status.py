@@ -194,7 +194,7 @@ _NEWEST = """
 """
 _KEPT_ASIDE = ("dead_letters", "sink_dead_letters", "sink_losses", "quarantine")
 _SIZES = """
-    SELECT c.relname, greatest(c.reltuples, 0)::bigint, {size}
+    SELECT c.relname, {rows}, {size}
     FROM pg_class c WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r' AND c.relname !~ 'yoyo'
     ORDER BY 3 DESC, 1
 """
@@ -226,10 +226,10 @@ async def _tables(settings: Settings) -> Tables | None:
         )
         aside = {name: await db.fetchval(f"SELECT count(*) FROM {name}") for name in _KEPT_ASIDE}
         hypertables = await db.fetchval("SELECT to_regproc('hypertable_size') IS NOT NULL")
-        size = "pg_total_relation_size(c.oid)"
-        if hypertables:
-            size = f"coalesce(hypertable_size(c.oid), {size})"
-        sizes = await db.fetch(_SIZES.format(size=size))
+        rows, size = "greatest(c.reltuples, 0)::bigint", "pg_total_relation_size(c.oid)"
+        if hypertables:  # their rows are in others
+            rows, size = "approximate_row_count(c.oid)", f"coalesce(hypertable_size(c.oid), {size})"
+        sizes = await db.fetch(_SIZES.format(rows=rows, size=size))
         return Tables(
             newest,
             dict(gaps),

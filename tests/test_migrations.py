@@ -21,7 +21,7 @@ import pytest
 from conftest import until
 from pydantic import SecretStr
 
-from tapedeck import database, storage
+from tapedeck import database, status, storage
 from tapedeck.errors import TapedeckError
 from tapedeck.settings import Settings
 
@@ -245,6 +245,21 @@ async def test_with_timescaledb_the_tables_of_events_are_hypertables_with_polici
     assert await jobs(timescale) == {(table, "policy_compression", "9 days") for table in TABLES - PLAIN}
     await database.prepare(settings)
     assert await jobs(timescale) == old | {(table, "policy_retention", "730 days") for table in keeping}
+
+
+async def test_status_knows_what_is_in_the_chunks(settings: Settings, timescale: asyncpg.Connection) -> None:
+    await database.prepare(settings)
+    connection = await connected(settings)
+    for trade in range(3):
+        await insert_trade(connection, "2026-11-01 10:00Z", str(trade))
+    await connection.execute("ANALYZE")
+    tables = (await status.look(settings)).tables
+    assert tables is not None
+    sizes = {size.table: (size.rows, size.bytes) for size in tables.sizes}
+    assert sizes["crypto_trades"][0] == 3
+    assert sizes["crypto_trades"][1] > sizes["crypto_quotes"][1]
+    assert sizes["exchanges"][0] == 5
+    await connection.close()
 
 
 async def test_timescaledb_may_come_to_a_database_that_began_without_it(
