@@ -33,6 +33,7 @@ from schemas.raw import REPLAY_BEGINS, Foreign, RawRecord, decode_gap_value, dec
 _TRADES, _QUOTES = topics.TRADES.name, topics.QUOTES.name
 NO_HEADERS: list[tuple[str, bytes]] = []
 FOREIGN_EPOCH = -(2**62) - 2  # of dead letters that no producer of ours wrote; those of the other stages are above
+LONGEST_REASON = 500
 RUN_IN_RECORDS = 1_000  # more than a producer ever has in flight on a partition
 
 
@@ -50,6 +51,14 @@ class Output(msgspec.Struct, frozen=True, gc=False):
     def headers(self) -> list[tuple[str, bytes]]:
         """None: an output is known by its value."""
         return NO_HEADERS
+
+
+def dead_letter(data: bytes, reason: str, recv: int, epoch: int, partition: int, n: int) -> DeadLetter:
+    """One that its topic takes: a reason may quote what it refuses, and what nobody of ours wrote may be larger than
+    any frame."""
+    if len(data) > topics.MAX_FRAME_BYTES:
+        reason = f"{len(data)} bytes, of which these are the first: {reason}"
+    return DeadLetter(reason[:LONGEST_REASON], recv, *text_of(data[: topics.MAX_FRAME_BYTES]), epoch, partition, n)
 
 
 class TooFarAhead(Exception):
@@ -293,7 +302,7 @@ class Pipeline:
 
     def _dead(self, data: bytes, reason: str, recv: int, epoch: int, n: int) -> None:
         self.counts["deadletter"] += 1
-        letter = DeadLetter(reason, recv, *text_of(data), epoch, self.partition, n)
+        letter = dead_letter(data, reason, recv, epoch, self.partition, n)
         self._emit(topics.DEAD_LETTERS, None, encode(letter))
 
     def _quarantine(self, ahead: TooFarAhead, data: bytes, recv: int, epoch: int, n: int) -> None:

@@ -11,11 +11,10 @@ from msgspec.structs import replace
 
 from processors.operators import normalize
 from processors.operators.normalize import CannotNormalize
-from processors.pipeline import Output
+from processors.pipeline import Output, dead_letter
 from schemas import topics, wire
-from schemas.events import MINUTE_NS, NS_PER_MS, Bar, DeadLetter, MinuteEmpty, Trade, encode, encode_ready
+from schemas.events import MINUTE_NS, NS_PER_MS, Bar, MinuteEmpty, Trade, encode, encode_ready
 from schemas.numbers import EXACT, VWAP, ZERO, canonical
-from schemas.raw import text_of
 from schemas.rest import RestRecord, decode_rest_aggregate, decode_rest_trade, repair_of
 
 PATIENCE_NS = 10 * MINUTE_NS  # how long a part waits for the others of its group
@@ -234,7 +233,7 @@ class Repairs:
     def _dead(self, data: bytes, reason: str, recv: int, epoch: int, n: int) -> None:
         """A result is known by its place in the group, a part by -1 - its own, anything else by its offset."""
         self.counts["deadletter"] += 1
-        letter = DeadLetter(reason, recv, *text_of(data), epoch, self.partition, n)
+        letter = dead_letter(data, reason, recv, epoch, self.partition, n)
         self._emit(topics.DEAD_LETTERS, None, encode(letter))
 
     def state(self) -> object:

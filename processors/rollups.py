@@ -11,7 +11,7 @@ from functools import reduce
 from typing import NamedTuple
 
 from processors.operators.rollup import AGGREGATES, EMPTY, FLAGS, HOUR_NS, Hour, merge, row_of
-from processors.pipeline import Output
+from processors.pipeline import Output, dead_letter
 from schemas import topics, wire
 from schemas.events import (
     INTERVALS_NS,
@@ -19,7 +19,6 @@ from schemas.events import (
     NOTHING_MISSED,
     NS_PER_MS,
     Bar,
-    DeadLetter,
     MinuteClosed,
     MinuteEmpty,
     Missed,
@@ -27,7 +26,6 @@ from schemas.events import (
     encode,
 )
 from schemas.numbers import EXACT, VWAP, ZERO, canonical
-from schemas.raw import text_of
 
 DAY_NS = INTERVALS_NS["1d"]
 SKEW_NS = HOUR_NS  # by which a record's time may be behind that of one before it
@@ -112,14 +110,8 @@ class Rollups:
             _check(event, clock + SKEW_NS)
         except (*wire.DECODE_ERRORS, _Unsound, Inexact, InvalidOperation) as error:
             self.counts["deadletter"] += 1
-            letter = DeadLetter(
-                f"not a bar of one minute: {error}",
-                0,
-                *text_of(record.value),
-                FOREIGN_EPOCH,
-                self.partition,
-                record.offset,
-            )
+            reason = f"not a bar of one minute: {error}"
+            letter = dead_letter(record.value, reason, 0, FOREIGN_EPOCH, self.partition, record.offset)
             return [Output(topics.DEAD_LETTERS.name, None, encode(letter), record.timestamp_ms)]
         if clock > self._clock:
             self._advance(clock)

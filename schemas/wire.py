@@ -119,5 +119,5 @@ def symbol_of(pair: str) -> str:
     if not hyphen:
         base, quote = name[:-3], name[-3:]
     if not (base.isascii() and base.isalnum() and quote.isascii() and quote.isalnum()):
-        raise ValueError(f"{pair!r} is not a currency pair like BTC-USD")
+        raise ValueError(f"{pair[:MAX_PAIR]!r} is not a currency pair like BTC-USD")
     return f"{base}-{quote}".upper()

@@ -16,7 +16,7 @@ from processors.pipeline import Pipeline
 from processors.settings import PipelineSettings
 from schemas import topics
 from schemas.events import NS_PER_MS
-from schemas.raw import GapValue, RawRecord
+from schemas.raw import Foreign, GapValue, RawRecord
 from schemas.wire import symbol_of
 
 from .feed import T0, Feed, through, xt
@@ -327,6 +327,26 @@ class TestDeadLetters:
         outputs = pipeline.process(RawRecord(1, T0, kind, 1, 0, [(RECV, 1)], b"nonsense"))
         (letter,) = [json.loads(output.value) for output in outputs]
         assert letter["payload"] == "nonsense"
+
+    @pytest.mark.parametrize("name", ["pair", "ev"])
+    def test_what_is_refused_for_an_endless_name_makes_records_that_their_topics_take(self, name: str) -> None:
+        """A reason that quoted all of it stopped the partition for ever."""
+        event = trade(**{name: '"' + "\x80" * 6 * 1024**2 + '"'})
+        tick = RawRecord(1, T0 + 1_000, "tick", 1, 1, [(RECV, 1)], b"{}")
+        pipeline = Pipeline(1, PipelineSettings())
+        outputs = pipeline.process(RawRecord(1, T0, "slice", 1, 0, [(RECV, 1)], b"[" + event + b"]"))
+        outputs += pipeline.process(tick)
+        limits = {topic.name: topic.max_message_bytes for topic in topics.ALL}
+        assert [output.topic for output in outputs if len(output.value) > limits[output.topic] - 10_000] == []
+        assert json.loads(outputs[0].value)["payload"] == event.decode()
+
+    def test_a_foreign_record_larger_than_any_frame_is_cut(self) -> None:
+        data = bytes(range(256)) * (90 * 1024)
+        (letter,) = Pipeline(1, PipelineSettings()).process(Foreign(1, T0, 7, data, "foreign"))
+        assert len(letter.value) < topics.MAX_RECORD_BYTES
+        found = json.loads(letter.value)
+        assert data.startswith(base64.b64decode(found["payload"]))
+        assert found["reason"] == f"{len(data)} bytes, of which these are the first: foreign"
 
 
 def text_forms(number: Decimal) -> st.SearchStrategy[str]:
