@@ -12,6 +12,7 @@ from typing import NamedTuple, NoReturn
 
 import structlog
 from aiokafka.errors import KafkaError
+from msgspec import Raw
 
 from producers.rest import Rest, RestError
 from producers.resume import records_since
@@ -32,6 +33,9 @@ MOST_SUSPICIONS = 100
 BEFORE_NS = 10 * NS_PER_S  # events on their way when the silence began
 AHEAD_NS = 10 * NS_PER_S  # the feed clock is at most so far past the events that it stamps
 MINUTE_MS = MINUTE_NS // NS_PER_MS
+AFTER_MS = MINUTE_MS  # what comes later than that of the silence is not waited for: then it stays a gap
+MOST_PAGES = 4
+MOST_EVENTS = 200_000  # in what REST tells of a silence: no silence has more, and memory is not for it
 
 
 class Prover:
@@ -59,7 +63,7 @@ class Prover:
                 told = {"streams": gap.streams, "seconds": round((gap.to - gap.since) / NS_PER_S, 3)}
                 try:
                     empty = await _nothing_missed(self._settings, rest, gap, self._pairs)
-                except (RestError, KafkaError, OSError, *wire.DECODE_ERRORS) as error:
+                except (RestError, KafkaError, OSError, ValueError, *wire.DECODE_ERRORS) as error:
                     log.warning("whether a silence was one cannot be told: it stays a gap", error=str(error), **told)
                     metrics.SILENCES.labels("unknown").inc()
                     continue
@@ -81,12 +85,15 @@ class Known(NamedTuple):
 
 
 async def _nothing_missed(settings: Settings, rest: Rest, gap: Suspicion, pairs: list[str]) -> bool:
-    """Whether it is proved, for all streams and pairs. Raises RestError, KafkaError, OSError."""
+    """Whether it is proved, for all streams and pairs. Raises RestError, KafkaError, OSError, ValueError and what
+    decoders raise."""
     first, last = (gap.since - BEFORE_NS) // NS_PER_MS, gap.to // NS_PER_MS
     for stream in gap.streams:
         told = set[Known]()
         for pair in pairs:
             told |= await (_trades if stream == "XT" else _aggregates)(rest, pair, first, last)
+            if len(told) > MOST_EVENTS:
+                return False
         if not any(known.ms * NS_PER_MS > gap.since for known in told):
             return False
         if told != await _logged(settings, stream, pairs, first, last):
@@ -96,7 +103,7 @@ async def _nothing_missed(settings: Settings, rest: Rest, gap: Suspicion, pairs:
 
 async def _trades(rest: Rest, pair: str, first_ms: int, last_ms: int) -> set[Known]:
     stretch = {"timestamp.gte": first_ms * NS_PER_MS, "timestamp.lt": (last_ms + 1) * NS_PER_MS}
-    results = await rest.results(f"/v3/trades/{_ticker(pair)}", order="asc", limit=50_000, **stretch)
+    results = await rest.results(f"/v3/trades/{_ticker(pair)}", MOST_PAGES, order="asc", limit=50_000, **stretch)
     trades = map(decode_rest_trade, results)
     return {Known(t.participant_timestamp // NS_PER_MS, pair, (t.exchange, str(t.id))) for t in trades}
 
@@ -104,9 +111,18 @@ async def _trades(rest: Rest, pair: str, first_ms: int, last_ms: int) -> set[Kno
 async def _aggregates(rest: Rest, pair: str, first_ms: int, last_ms: int) -> set[Known]:
     """Of the minutes that end in the stretch: each is sent when it is over."""
     begin, end = first_ms - MINUTE_MS, last_ms - MINUTE_MS
-    results = await rest.results(f"/v2/aggs/ticker/{_ticker(pair)}/range/1/minute/{begin}/{end}", limit=50_000)
-    known = (Known(a.t + MINUTE_MS, pair, decimal_of(bytes(a.v))) for a in map(decode_rest_aggregate, results))
+    path = f"/v2/aggs/ticker/{_ticker(pair)}/range/1/minute/{begin}/{end}"
+    results = await rest.results(path, MOST_PAGES, limit=50_000)
+    known = (Known(a.t + MINUTE_MS, pair, _volume(a.v)) for a in map(decode_rest_aggregate, results))
     return {one for one in known if first_ms <= one.ms <= last_ms}
+
+
+def _volume(json: Raw) -> Decimal | None:
+    """Raises ValueError."""
+    volume = decimal_of(bytes(json))
+    if volume is not None and not volume.is_finite():
+        raise ValueError(f"a volume is {volume}")
+    return volume
 
 
 def _ticker(pair: str) -> str:
@@ -116,9 +132,12 @@ def _ticker(pair: str) -> str:
 async def _logged(settings: Settings, stream: str, pairs: list[str], first_ms: int, last_ms: int) -> set[Known]:
     """What the raw log has of the stretch; of an aggregate that was revised its last version."""
     found: dict[object, Known] = {}
+    key: object
     partitions = {partition_of(pair) for pair in pairs}
-    async with aclosing(records_since(settings, partitions, first_ms - AHEAD_NS // NS_PER_MS)) as records:
+    begin_ms = first_ms - AHEAD_NS // NS_PER_MS
+    async with aclosing(records_since(settings, partitions, begin_ms, last_ms + AFTER_MS)) as records:
         async for record in records:
+            await asyncio.sleep(0)  # the socket is read meanwhile
             if record.kind != "slice":
                 continue
             for item in split_frame(record.value):
@@ -129,8 +148,12 @@ async def _logged(settings: Settings, stream: str, pairs: list[str], first_ms: i
                 except wire.DECODE_ERRORS:
                     continue
                 if isinstance(message, wire.XT):
-                    one = Known(message.t, message.pair, (message.x, str(message.i)))
-                    found[one] = one
+                    key = one = Known(message.t, message.pair, (message.x, str(message.i)))
                 elif isinstance(message, wire.XA):
-                    found[message.pair, message.s] = Known(message.e, message.pair, decimal_of(bytes(message.v)))
-    return {known for known in found.values() if first_ms <= known.ms <= last_ms}
+                    one = Known(message.e, message.pair, _volume(message.v))
+                    key = message.pair, message.s
+                else:
+                    continue
+                if first_ms <= one.ms <= last_ms:
+                    found[key] = one
+    return set(found.values())

@@ -17,6 +17,7 @@ REQUEST_S = 30.0
 PATIENCE_S = 300.0  # the vendor's smallest plan has five requests a minute
 LONGEST_REST_S = 60.0
 MOST_PAGES = 100  # fifty thousand results each
+MOST_BYTES = 64 * 1024**2  # of a page; fifty thousand trades are 12 MB
 
 
 class RestError(Exception):
@@ -66,18 +67,19 @@ class Rest:
     async def __aexit__(self, *_: object) -> None:
         await self._http.close()
 
-    async def results(self, path: str, **parameters: str | int) -> list[bytes]:
-        """All results, page after page, each the bytes of one JSON object. Raises RestError."""
+    async def results(self, path: str, pages: int = MOST_PAGES, **parameters: str | int) -> list[bytes]:
+        """All results, page after page, each the bytes of one JSON object. Raises RestError, also where there are more
+        than so many `pages`."""
         url, found = self._url + path, list[bytes]()
-        for _ in range(MOST_PAGES):
+        for _ in range(pages):
             page = await self._page(url, parameters)
             found += map(bytes, page.results)
-            if page.next_url is None:
+            if not page.next_url:
                 return found
-            if urlsplit(page.next_url)[:2] != urlsplit(self._url)[:2]:
+            if _host(page.next_url) != _host(self._url):
                 raise RestError("the next page is at another host")
             url, parameters = page.next_url, {}
-        raise RestError(f"more than {MOST_PAGES} pages")
+        raise RestError(f"more than {pages} pages")
 
     async def _page(self, url: str, parameters: dict[str, str | int]) -> _Page:
         try:
@@ -105,4 +107,17 @@ class Rest:
                 raise _TryAgain(f"status {answer.status}", min(LONGEST_REST_S, int(after) if after.isdigit() else 0))
             if answer.status != 200:
                 raise RestError(f"status {answer.status}")
-            return _decode(await answer.read())
+            body = bytearray()
+            async for chunk in answer.content.iter_any():
+                body += chunk
+                if len(body) > MOST_BYTES:
+                    raise RestError(f"an answer of more than {MOST_BYTES:,} bytes")
+            return _decode(body)
+
+
+def _host(url: str) -> tuple[str, str] | None:
+    """The key goes nowhere else; None for what is no address."""
+    try:
+        return urlsplit(url)[:2]
+    except ValueError:
+        return None

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncGenerator, Iterable
+from math import inf
 
 from aiokafka import TopicPartition
 
@@ -47,8 +48,11 @@ async def read_silences(settings: Settings, end: LogEnd) -> dict[str, int]:
         return still_silent([record async for record in records if record.epoch == end.epoch])
 
 
-async def records_since(settings: Settings, numbers: Iterable[int], since_ms: int) -> AsyncGenerator[RawRecord]:
-    """What stands in these partitions now from a time on, in the order of each. Raises KafkaError."""
+async def records_since(
+    settings: Settings, numbers: Iterable[int], since_ms: int, until_ms: float = inf
+) -> AsyncGenerator[RawRecord]:
+    """What stands in these partitions now from a time on, in the order of each, and not much of what came after
+    `until_ms`. Raises KafkaError."""
     topic = settings.topic_prefix + topics.RAW.name
     places = [TopicPartition(topic, number) for number in numbers]
     reader = await kafka.consumer(settings, *places)
@@ -65,7 +69,7 @@ async def records_since(settings: Settings, numbers: Iterable[int], since_ms: in
                 for record in records:
                     with contextlib.suppress(NotARawRecord):
                         yield from_kafka(record.partition, record.timestamp, record.headers, record.value)
-                if records[-1].offset >= ends[place] - 1:
+                if records[-1].offset >= ends[place] - 1 or records[-1].timestamp > until_ms:
                     waiting.discard(place)
     finally:
         await reader.stop()

@@ -97,3 +97,5 @@ async def test_only_where_rest_and_the_log_tell_the_same_and_both_know_how_it_en
         assert not await proved(bars, [before, bar(T0), after], [])
         assert not await proved(bars, [before, bar(T0 + MINUTE, "4.5")], []), "a revision was missed"
         assert not await proved(bars, [before], [])
+        with pytest.raises(ValueError, match="a volume is sNaN"):
+            await proved(bars, [before, after | {"v": "sNaN"}], [])

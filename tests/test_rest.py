@@ -59,6 +59,13 @@ async def test_it_goes_through_the_pages_with_the_key_in_a_header_and_comes_agai
     assert {request.headers["Authorization"] for request in vendor.asked} == {f"Bearer {KEY}"}
 
 
+async def test_an_endless_answer_is_none(vendor: Vendor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest, "MOST_BYTES", 1_000)
+    vendor.says({"results": [{"id": "x" * 1_000}]})
+    with pytest.raises(RestError, match="more than 1,000 bytes"):
+        await asked(vendor)
+
+
 async def test_it_rests_for_as_long_as_the_vendor_says(vendor: Vendor, monkeypatch: pytest.MonkeyPatch) -> None:
     vendor.says({}, 429, **{"Retry-After": "40"})
     monkeypatch.setattr(rest, "PATIENCE_S", 30)  # so that it gives up instead of waiting in the test
@@ -81,10 +88,12 @@ async def test_what_asking_again_will_not_help_is_asked_once(
     assert KEY not in str(caught.value)
 
 
-async def test_the_key_goes_to_no_other_host(vendor: Vendor) -> None:
-    vendor.says({"results": [], "next_url": "http://elsewhere.invalid/v3/trades/X:BTCUSD?cursor=abc"})
+@pytest.mark.parametrize("url", ["http://elsewhere.invalid/v3/trades/X:BTCUSD?cursor=abc", "//elsewhere", "http://["])
+async def test_the_key_goes_to_no_other_host(vendor: Vendor, url: str) -> None:
+    vendor.says({"results": [], "next_url": url})
     with pytest.raises(RestError, match="another host"):
         await asked(vendor)
+    assert len(vendor.asked) == 1
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b'{"results": 5}'])
