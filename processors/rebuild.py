@@ -15,7 +15,7 @@ from aiokafka.errors import KafkaError
 
 from processors.settings import PipelineSettings
 from processors.stages import RAW, Machine, Stage
-from schemas import topics
+from schemas import topics, wire
 from schemas.events import NS_PER_MS, MinuteClosed, decode_bar, decode_gap
 from tapedeck import kafka
 from tapedeck.errors import TapedeckError
@@ -79,18 +79,19 @@ async def _worked_through(settings: Settings, partition: int, first_ms: int) -> 
     """Until when the raw log had been worked through before what came next was deleted, ms; `first_ms` is the time
     of the first record left. What the gap says, once it is told; else the newest marker; None where there is none."""
     ending: int | None = None
-    async for record in _newest(settings, topics.GAPS, partition, 1_000):
-        gap = decode_gap(record.value)
+    async for _, gap in _newest(settings, topics.GAPS, partition, 1_000, decode_gap):
         if gap.reason == "log" and gap.to == first_ms * NS_PER_MS:
             return None if gap.from_ is None else gap.from_ // NS_PER_MS
-    async for record in _newest(settings, topics.BARS_1M, partition, 10_000):
-        if record.timestamp <= first_ms and isinstance(decode_bar(record.value), MinuteClosed):
-            ending = record.timestamp
+    async for timestamp_ms, event in _newest(settings, topics.BARS_1M, partition, 10_000, decode_bar):
+        if timestamp_ms <= first_ms and isinstance(event, MinuteClosed):
+            ending = timestamp_ms
     return ending
 
 
-async def _newest(settings: Settings, topic: topics.Topic, partition: int, count: int) -> AsyncIterator[Any]:
-    """The last records of a partition, in order."""
+async def _newest(
+    settings: Settings, topic: topics.Topic, partition: int, count: int, decode: Callable[[bytes], Any]
+) -> AsyncIterator[tuple[int, Any]]:
+    """The last events of a partition with their records' timestamps, ms, in order; without what is none."""
     place = TopicPartition(settings.topic_prefix + topic.name, partition)
     reader = await kafka.consumer(settings, place)
     try:
@@ -98,6 +99,10 @@ async def _newest(settings: Settings, topic: topics.Topic, partition: int, count
         reader.seek(place, max(begin, end - count))
         while await reader.position(place) < end:
             for record in (await reader.getmany(place, timeout_ms=1000)).get(place, ()):
-                yield record
+                try:
+                    event = decode(record.value or b"")
+                except wire.DECODE_ERRORS:
+                    continue
+                yield record.timestamp, event
     finally:
         await reader.stop()

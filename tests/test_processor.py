@@ -103,9 +103,11 @@ class Line:
                     with contextlib.suppress(KafkaError, OSError):
                         await self._publisher.restart()
 
-    async def poison(self, partition: int, value: bytes, headers: list[tuple[str, bytes]]) -> None:
-        topic, now = self.settings.topic_prefix + topics.RAW.name, int(time.time() * 1000)
-        await self._publisher.publish([clients.Message(topic, partition, None, value, now, headers)])
+    async def poison(
+        self, partition: int, value: bytes, headers: list[tuple[str, bytes]], topic: topics.Topic = topics.RAW
+    ) -> None:
+        name, now = self.settings.topic_prefix + topic.name, int(time.time() * 1000)
+        await self._publisher.publish([clients.Message(name, partition, None, value, now, headers)])
 
     async def trades(self) -> int:
         """How many records stand in trades.v1."""
@@ -352,6 +354,9 @@ async def test_a_log_that_was_overtaken_by_retention_is_a_gap_and_its_bars_are_p
     records = market_log(tmp_path, rate=40, seconds=600)
     third = len(records) // 3
     await line.send(records[:third])
+    for number in range(topics.PARTITIONS):
+        for topic in (topics.GAPS, topics.BARS_1M):  # which tell how far it had come
+            await line.poison(number, b'{"kind":"none of ours","reason":""}', [], topic)
     worker = line.work("only")
     await line.done(60)
     worker.popen.kill()
