@@ -20,7 +20,7 @@ from producers import service, session
 from producers.protocol import AuthFailed, Evicted, Protocol, Refused, SessionError
 from producers.resume import read_log_end
 from producers.split import split_frame
-from schemas import wire
+from schemas import topics, wire
 from schemas.frames import read_frames
 from schemas.raw import RawRecord, decode_gap_value
 from tapedeck import kafka
@@ -209,6 +209,19 @@ async def test_the_next_start_goes_on_from_the_log_and_marks_its_absence(setting
         assert since is not None
         assert since <= (BEGIN_MS + 1000) * 10**6
         assert until == (BEGIN_MS + 5000) * 10**6
+    await write_foreign(settings)
+    assert (await read_log_end(settings)).resume({}) == resume
+
+
+async def write_foreign(settings: Settings) -> None:
+    """Two records behind the end of each partition that no producer wrote."""
+    publisher, topic = kafka.Publisher(settings), settings.topic_prefix + topics.RAW.name
+    await publisher.start()
+    for value in (b"", b"foreign"):
+        await publisher.publish(
+            kafka.Message(topic, number, None, value, BEGIN_MS, []) for number in range(topics.PARTITIONS)
+        )
+    await publisher.stop()
 
 
 # -- as a process ------------------------------------------------------------------------------------
