@@ -6,6 +6,7 @@ record's timestamp. Bytes and receive times go in; records come out of `take()` 
 
 from collections import Counter, deque
 from collections.abc import Container, Iterable
+from itertools import islice
 from typing import NamedTuple
 
 import msgspec
@@ -121,6 +122,7 @@ class Slicer:
         self._open: dict[int, _Slice] = {}
         self._lingers_until = 0  # when the oldest open slice is due, or earlier
         self._held: deque[tuple[Item, Claim]] = deque()
+        self._seen = 0  # of those held, how many the first one's verdict has taken into account
         self._settles_at: int | None = None
         self._now = 0
         self._connected = False
@@ -255,14 +257,24 @@ class Slicer:
             item, claim = self._held[0]
             believed = self.clock.in_bounds(claim)
             if not believed and self.clock.possible(claim):
-                verdict = self.clock.verdict(claim, [other for _, other in self._held][1:], now)
+                verdict = self._verdict(claim, now)
                 if verdict is None:
                     return
                 believed = verdict
             self._held.popleft()
+            self._seen = 0
             if believed:
                 self._move(self.clock.believe(claim), claim.recv)
             self._append(item, claim.recv)
+
+    def _verdict(self, claim: Claim, now: int) -> bool | None:
+        """Of the first that is held. As long as it is too early to say, those that it was asked with before tell
+        nothing new, and to ask a thousand with each that comes would take all the time there is."""
+        seen, self._seen = self._seen, len(self._held)
+        if now - claim.recv >= HOLD_NS or len(self._held) >= HOLD_EVENTS:
+            seen = 0
+        others = islice(self._held, max(1, seen), None)
+        return self.clock.verdict(claim, [other for _, other in others], now)
 
     def _end_gap(self, now: int, final: bool) -> bool:
         """Ends the gap once the events after it say what time it is; whether it is ended.

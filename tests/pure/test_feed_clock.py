@@ -1,6 +1,7 @@
 """Rules 1 and 2 of the fine print: what time it is on the exchanges, as far as the feed proves it."""
 
 import json
+from collections.abc import Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -144,6 +145,24 @@ class TestBelief:
         feed.until(T0 + MINUTE + 2_100)
         assert quarantined(feed) == [MINUTE + 30_000]
         assert feed.times("gap") == [MINUTE]
+
+    def test_what_is_held_is_not_compared_all_over_again_with_each_event_that_comes(self) -> None:
+        """One in a hundred from an exchange half a minute fast took all the time there was."""
+        feed = started()
+        verdict, asked = feed.slicer.clock.verdict, 0
+
+        def counting(claim: Claim, later: Sequence[Claim], now: int) -> bool | None:
+            nonlocal asked
+            asked += len(later)
+            return verdict(claim, later, now)
+
+        feed.slicer.clock.verdict = counting  # type: ignore[method-assign]
+        feed.at(T0 + 2_010, xt(T0 + 32_010, x=3))
+        for t in range(T0 + 2_011, T0 + 2_911):
+            feed.at(t, xt(t, x=1 + t % 2))
+        feed.flush(T0 + 2_911)
+        assert quarantined(feed) == [32_010]
+        assert asked < 3 * 900
 
 
 class TestTheFirstEvent:
