@@ -162,6 +162,8 @@ class Slicer:
         self._connected = True
         for rhythm in self._rhythms.values():
             rhythm.listen(now)
+        if self._settles_at is not None:
+            self._settles_at = now + self._settings.settle_ns
 
     def stalled(self, now: int) -> list[str]:
         """The streams that have been silent for longer than is usual for them, though connected."""
@@ -171,8 +173,8 @@ class Slicer:
         """The connection is gone. What came after the last frame or pong may have been missed; of a stream
         that was silent for longer than it usually is, whatever came after its own last event."""
         stalled = self.stalled(now)
-        self._connected = False
         self.flush(now)
+        self._connected = False
         if not self._gaps:
             self._gaps = self._missed_since(reason, now, stalled)
         self._unproven.clear()
@@ -282,14 +284,15 @@ class Slicer:
         The first held event to be believed decides; if nothing in 2 s or 1,000 events tells the time, the
         clock goes by elapsed time. Where there is no clock yet the time begins to count with the first event
         that tells any: no wall clock must begin a log. The first event may be a late one, so those that came
-        with it may move the end on, as far as they are in bounds.
+        with it may move the end on, as far as they are in bounds. Nothing ends it before all is subscribed: what
+        the vendor has acknowledged flows while the rest is still missed.
         """
         full = len(self._held) >= HOLD_EVENTS
         if self._settles_at is None:
             if full:  # and there is no clock yet: these lie in the gap `start`
                 self._held.clear()
             return False
-        if not (now >= self._settles_at or final or full):
+        if not (final or (self._connected and (full or now >= self._settles_at))):
             return False
         claims = [claim for _, claim in self._held]
         waited = final or full or now >= self._settles_at - self._settings.settle_ns + HOLD_NS
@@ -466,6 +469,8 @@ class Slicer:
         """Everything held or lingering goes out now, as after the longest wait; but no record can be made while
         nothing has told the time yet."""
         if self._held:
+            if self._settles_at is not None and not self._connected:
+                self._settles_at = now
             self._release(max(now, *(claim.recv + HOLD_NS for _, claim in self._held)), final=True)
         for partition in list(self._open):
             self._close(partition)

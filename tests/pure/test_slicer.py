@@ -309,6 +309,28 @@ class TestGaps:
         feed.until(T0 + 31_000)
         assert gaps_of(feed)[-1] == (0, 30_000, "reconnect")
 
+    @pytest.mark.parametrize("subscribed", [True, False])
+    def test_it_ends_when_all_is_subscribed_though_something_flows_before(self, subscribed: bool) -> None:
+        """The vendor acknowledges one parameter after the other; what came of the first ended the gap of them all."""
+        feed = started()
+        feed.lost(T0 + 300)
+        events = range(T0 + 5_000, T0 + 8_100, 100)
+        for t in events:
+            feed.at(t, xt(t))
+        if subscribed:
+            feed.connected()
+            feed.at(T0 + 8_100, xt(T0 + 8_100), xq(T0 + 8_100))
+            feed.until(T0 + 8_500)
+            assert gaps_of(feed)[1:] == [(0, 8_100, "reconnect")]
+        else:
+            feed.lost(T0 + 8_100)
+            feed.connected()
+            feed.at(T0 + 9_000, xt(T0 + 9_000))
+            feed.until(T0 + 9_500)
+            assert gaps_of(feed)[1:] == [(0, 8_000, "reconnect"), (8_000, 9_000, "reconnect")]
+        written = b"".join(record.value for record in feed.of("slice"))
+        assert all(xt(t) in written for t in events)
+
     def test_lost_again_before_anything_came_it_is_one_gap(self) -> None:
         feed = started()
         for at in (300, 2_000, 7_000):
