@@ -102,8 +102,10 @@ class Recomputation:
         return {topic.removeprefix(self._settings.topic_prefix) for topic in moved}
 
     async def _partition(self, number: int, progress: Progress) -> AsyncIterator[list[Output]]:
-        repaired = await self._repaired(number)
-        yield repaired
+        repaired: list[Output] = []
+        async for outputs in self._repaired(number):
+            yield outputs
+            repaired += filter(self._is_bar_within, outputs)
         minutes = Minutes(number, repaired)
         async with open_history(self._settings, self._source, topics.RAW, number) as log:
             ahead_ns = self._pipeline.ahead_ns + NS_PER_S
@@ -117,7 +119,7 @@ class Recomputation:
             task = progress.add_task(f"partition {number}", total=last - first)
             recv = 0
             async for entries in log.batches(first, last):
-                outputs: list[Output] = []
+                outputs = []
                 for entry in entries:
                     record = RAW.read(number, entry.timestamp_ms, entry.headers, entry.value, entry.offset)
                     outputs += state.process(record)
@@ -131,17 +133,20 @@ class Recomputation:
             if state.tick is not None:
                 self._ticks.append(state.tick)
 
-    async def _repaired(self, number: int) -> list[Output]:
-        """All that REST ever said of the stretch: that may be long after it."""
-        outputs: list[Output] = []
+    async def _repaired(self, number: int) -> AsyncIterator[list[Output]]:
+        """All that REST ever said of the stretch, which may be long after it, and what it said since then of others."""
         async with open_history(self._settings, self._source, topics.RAW_REST, number) as log:
             await self._note(log, topics.RAW_REST, number, SKEW_NS)
             state = REPAIRS.make(number, self._pipeline, 0, False, None)
             async for entries in log.batches(await log.first_since(_ms(self._since - SKEW_NS)), log.end):
+                outputs: list[Output] = []
                 for entry in entries:
                     record = REPAIRS.read(number, entry.timestamp_ms, entry.headers, entry.value, entry.offset)
                     outputs += state.process(record)
-        return outputs
+                yield outputs
+
+    def _is_bar_within(self, output: Output) -> bool:
+        return _is_bar(output) and self._since <= decode_bar(output.value).end - MINUTE_NS < self._until
 
     async def _note(self, log: History, topic: topics.Topic, number: int, memory_ns: int) -> None:
         """Where it ends; and where its beginning was deleted, the state is known only a memory later."""
@@ -156,9 +161,9 @@ class Minutes:
     """Rolls up the bars of a partition. Repairs stand with the minute that they are of, however late they came: so none
     is too old for the rollups of its range."""
 
-    def __init__(self, partition: int, repaired: list[Output]) -> None:
+    def __init__(self, partition: int, repaired: Iterable[Output]) -> None:
         self._rollups = Rollups(partition)
-        bars = [(decode_bar(output.value).end, output.value) for output in repaired if _is_bar(output)]
+        bars = [(decode_bar(output.value).end, output.value) for output in repaired]
         self._waiting = sorted(bars, reverse=True)  # the earliest is the last
 
     def rolled_up(self, outputs: list[Output]) -> list[Output]:
