@@ -110,7 +110,8 @@ class Recomputation:
         async with open_history(self._settings, self._source, topics.RAW, number) as log:
             ahead_ns = self._pipeline.ahead_ns + NS_PER_S
             first = await log.first_since(_ms(self._since - ahead_ns))
-            last = await log.first_since(_ms(self._until + self._pipeline.lateness_ns + REACH_NS))
+            behind = await log.first_since(_ms(self._until + self._pipeline.lateness_ns + REACH_NS))
+            last = min(log.end, behind + 1)  # with the tick that ends a silence, and closes what it found open
             state = await replay(log, RAW, number, self._pipeline, first)
             assert isinstance(state, Pipeline)
             await self._note(log, topics.RAW, number, state.memory_ns + ahead_ns)
