@@ -62,7 +62,7 @@ class Recomputation:
         self._begins: list[int] = []
         self._ticks: list[int] = []
         self._taken: dict[int, tuple[int, int, int]] = {}
-        self._ends: dict[TopicPartition, int] = {}
+        self._ends: dict[TopicPartition, int] = {}  # of what was read
 
     async def values(self, progress: Progress) -> AsyncIterator[tuple[str, list[bytes]]]:
         """(topic, values), those of a partition in the order of its log; also some from before and after the stretch.
@@ -88,7 +88,7 @@ class Recomputation:
         return Reach(max(self._since, *self._deleted), min(self._begins), min(self._ticks) - horizon, self._taken)
 
     async def moved(self) -> set[str]:
-        """The topics of which there may be more than was read. Raises TapedeckError."""
+        """The topics of which there is, or may be, more than was read. Raises TapedeckError."""
         where = self._settings.kafka_bootstrap_servers
         try:
             ends = await kafka.ends(self._settings, self._ends)
@@ -114,7 +114,7 @@ class Recomputation:
             last = min(log.end, behind + 1)  # with the tick that ends a silence, and closes what it found open
             state = await replay(log, RAW, number, self._pipeline, first)
             assert isinstance(state, Pipeline)
-            await self._note(log, topics.RAW, number, state.memory_ns + ahead_ns)
+            await self._note(log, topics.RAW, number, state.memory_ns + ahead_ns, last)
             if log.begin < log.end:
                 self._begins.append(await log.timestamp_ms(log.begin) * NS_PER_MS)
             task = progress.add_task(f"partition {number}", total=last - first)
@@ -137,7 +137,7 @@ class Recomputation:
     async def _repaired(self, number: int) -> AsyncIterator[list[Output]]:
         """All that REST ever said of the stretch, which may be long after it, and what it said since then of others."""
         async with open_history(self._settings, self._source, topics.RAW_REST, number) as log:
-            await self._note(log, topics.RAW_REST, number, SKEW_NS)
+            await self._note(log, topics.RAW_REST, number, SKEW_NS, log.end)
             state = REPAIRS.make(number, self._pipeline, 0, False, None)
             async for entries in log.batches(await log.first_since(_ms(self._since - SKEW_NS)), log.end):
                 outputs: list[Output] = []
@@ -149,9 +149,9 @@ class Recomputation:
     def _is_bar_within(self, output: Output) -> bool:
         return _is_bar(output) and self._since <= decode_bar(output.value).end - MINUTE_NS < self._until
 
-    async def _note(self, log: History, topic: topics.Topic, number: int, memory_ns: int) -> None:
-        """Where it ends; and where its beginning was deleted, the state is known only a memory later."""
-        self._ends[TopicPartition(self._settings.topic_prefix + topic.name, number)] = log.end
+    async def _note(self, log: History, topic: topics.Topic, number: int, memory_ns: int, end: int) -> None:
+        """To where it is read; and where its beginning was deleted, the state is known only a memory later."""
+        self._ends[TopicPartition(self._settings.topic_prefix + topic.name, number)] = end
         if log.begin:
             left = log.begin < log.end
             begin = await log.timestamp_ms(log.begin) * NS_PER_MS if left else self._until

@@ -46,9 +46,12 @@ class Target(NamedTuple):
 _NOT_READ = """(r.time IS NULL AND (t.time < b.begins OR t.epoch < 0 AND b.repairs_move OR EXISTS (
     SELECT FROM taken x WHERE x.partition = t.partition AND (t.epoch, t.n) >= (x.epoch, x.n) AND t.ts_recv >= x.recv
 )))"""
-# It has a higher order than the log gives it, and there may be, or there was, more of the log.
+# It has a higher order than the log gives it, and there is, may be, or was, more of the log. A word about a gap may
+# come days later, and revises longer bars.
 _NOT_SETTLED = """((r.time IS NULL OR (t.repair, t.revision) > (r.repair, r.revision)) AND (
-    t."end" <= b.begins_ns OR b.moves AND (t."end" > b.settled OR t.repair > coalesce(r.repair, 0))
+    t."end" <= b.begins_ns
+    OR b.moves AND (t."end" > b.settled OR t.interval <> '1m' AND {known})
+    OR b.repairs_move AND t.repair > coalesce(r.repair, 0)
 ))"""
 _ORDER = "symbol, interval, time, repair DESC, revision DESC"
 _NEWEST = f"SELECT DISTINCT ON (symbol, interval, time) * FROM made_crypto_aggregates ORDER BY {_ORDER}"
@@ -74,7 +77,15 @@ TARGETS = {
     "trades": (_first(TRADES, "symbol", "exchange", "trade_id", "time", either=True),),
     "quotes": (_first(QUOTES, "epoch", "partition", "n", "time"),),
     "bars": (
-        Target(BARS, BARS.name, _BAR, _NEWEST, f"SELECT * FROM {BARS.name}", _ANOTHER, _NOT_SETTLED),
+        Target(
+            BARS,
+            BARS.name,
+            _BAR,
+            _NEWEST,
+            f"SELECT * FROM {BARS.name}",
+            _ANOTHER,
+            _NOT_SETTLED.format(known="t.repair = r.repair"),
+        ),
         Target(
             BARS,
             _HISTORY,
@@ -82,7 +93,7 @@ TARGETS = {
             _NOT_LOWER.format(f"made_{BARS.name}"),
             _NOT_LOWER.format(_HISTORY),
             _ANOTHER,
-            _NOT_SETTLED,
+            _NOT_SETTLED.format(known="r.time IS NULL"),
         ),
         _first(VENDOR_BARS, "epoch", "partition", "n", "time"),
     ),
@@ -91,8 +102,9 @@ TARGETS = {
 
 class Bounds(NamedTuple):
     """What is compared, and what is known of it; times in ns. Rows of [since, until), of a log that `begins` there.
-    `moves`: it may have more than was read; then bars that end after `settled` may change. `repairs_move`: so may what
-    REST said. `taken`: by partition the epoch, the number and the receive time of the first event that was not read."""
+    `moves`: it has, or may have, more than was read; then bars that end after `settled` may change, and longer ones.
+    `repairs_move`: so may what REST said. `taken`: by partition the epoch, the number and the receive time of the first
+    event that was not read."""
 
     since: int
     until: int

@@ -1,6 +1,7 @@
 """What a rebuild takes for wrong in tables, and how it puts it right, on a PostgreSQL without a log."""
 
-from collections.abc import AsyncIterator, Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Sequence
 from decimal import Decimal
 
 import asyncpg
@@ -38,15 +39,21 @@ async def store(db: asyncpg.Connection, table: tables.Table, made: Iterable[even
     return await writer.write(db, table, lines, {PLACE: (at, at + len(lines))})
 
 
-async def compared(settings: Settings, due: list[events.Trade], bounds: Bounds, apply: bool) -> dict[str, int]:
-    """The trades, by difference."""
+async def compared(
+    settings: Settings, due: Sequence[events.Trade | events.Bar], bounds: Bounds, apply: bool
+) -> dict[str, int]:
+    """How many trades, or bars of an hour, by difference."""
 
     async def known() -> Bounds:
         return bounds
 
-    async with mending(settings, "trades", bounds.since, bounds.until) as mend:
-        await mend.stage(topics.TRADES.name, [events.encode(event) for event in due])
-        return {kind: count for (_, kind), count in (await mend.compare(known, apply, 0)).items()}
+    kind, topic = ("bars", topics.ROLLUPS["1h"]) if isinstance(due[0], events.Bar) else ("trades", topics.TRADES)
+    async with mending(settings, kind, bounds.since, bounds.until) as mend:
+        await mend.stage(topic.name, [events.encode(event) for event in due])
+        found: Counter[str] = Counter()
+        for (_, difference), count in (await mend.compare(known, apply, 0)).items():
+            found[difference] += count
+        return found
 
 
 async def test_what_rest_has_said_since_the_log_was_read_is_not_taken_for_wrong(
@@ -58,6 +65,17 @@ async def test_what_rest_has_said_since_the_log_was_read_is_not_taken_for_wrong(
     assert await compared(settings, [live], moves, apply=True) == {"beyond": 1}
     assert await compared(settings, [live], BOUNDS._replace(moves=True), apply=True) == {"extra": 1}
     assert await compared(settings, [live], BOUNDS, apply=False) == {}
+
+
+async def test_a_longer_bar_that_a_late_word_revised_stands_where_the_log_goes_on(
+    settings: Settings, db: asyncpg.Connection
+) -> None:
+    """A word about a gap, which came later than the log was read."""
+    hour = [bar(0, order, interval="1h", end=START_NS + 60 * MINUTE_NS) for order in (4, 5)]
+    await store(db, tables.BARS, hour)
+    bounds = BOUNDS._replace(until=START_NS + 60 * MINUTE_NS, settled=START_NS + 90 * MINUTE_NS)
+    assert await compared(settings, hour[:1], bounds._replace(moves=True), apply=True) == {"beyond": 2}
+    assert await compared(settings, hour[:1], bounds, apply=False) == {"changed": 1, "extra": 1}
 
 
 @pytest.fixture
