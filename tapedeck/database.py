@@ -40,6 +40,10 @@ WRONG = (
     ValueError,
 )
 UNREADABLE = "(an address that is not plain)"
+NOT_PLAIN = (
+    "DATABASE_URL is not an address like postgresql://user:password@host:5432/name; "
+    "in user and password write / as %2F, # as %23, ? as %3F, @ as %40"
+)
 
 
 def where(settings: Settings) -> str:
@@ -60,10 +64,7 @@ async def connect(settings: Settings) -> asyncpg.Connection:
             with attempt:
                 return await open_connection(settings)
     except ValueError:  # its text may quote the password
-        raise UsageError(
-            "DATABASE_URL is not an address like postgresql://user:password@host:5432/name; "
-            "in user and password write / as %2F, # as %23, ? as %3F, @ as %40"
-        ) from None
+        raise UsageError(NOT_PLAIN) from None
     except WRONG as error:
         raise UsageError(f"PostgreSQL at {where(settings)} refuses us (DATABASE_URL): {error}") from error
     except (*AWAY, asyncpg.PostgresError) as error:

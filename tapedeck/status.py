@@ -13,6 +13,7 @@ from aiokafka.errors import KafkaError
 
 from schemas import topics
 from tapedeck import database, logdirs
+from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.settings import Settings
 
 PATIENCE_S = 15.0
@@ -97,7 +98,7 @@ async def look(settings: Settings) -> Status:
                 return await asked
         except TimeoutError:
             status.trouble[name] = f"no answer within {PATIENCE_S:g} s"
-        except (KafkaError, *database.AWAY, *database.WRONG, asyncpg.PostgresError) as error:
+        except (TapedeckError, KafkaError, *database.AWAY, *database.WRONG, asyncpg.PostgresError) as error:
             status.trouble[name] = str(error) or type(error).__name__
         return None
 
@@ -202,7 +203,10 @@ _SIZES = """
 
 async def _tables(settings: Settings) -> Tables | None:
     """None where there are no tables yet."""
-    db = await database.open_connection(settings)
+    try:
+        db = await database.open_connection(settings)
+    except ValueError:  # its text may quote the password
+        raise UsageError(database.NOT_PLAIN) from None
     try:
         if await db.fetchval("SELECT to_regclass('open_gaps')") is None:
             return None

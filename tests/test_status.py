@@ -66,10 +66,16 @@ async def test_nothing_yet_is_no_failure_and_who_is_away_is_named_while_the_othe
     settings: Settings, publish: Publish, spawn: Spawn
 ) -> None:
     nothing = {"topic_prefix": "nobody."}
-    said, no_kafka, no_database = await asyncio.gather(
+    said, no_kafka, no_database, wrong = await asyncio.gather(
         status(spawn, code=0, **nothing),
         status(spawn, code=1, kafka_bootstrap_servers=f"127.0.0.1:{free_port()}"),
         status(spawn, code=1, database_url=AWAY_URL),
+        status(
+            spawn,
+            code=1,
+            database_url=SecretStr("postgresql://someone:secret/@127.0.0.1/tape"),
+            archive_url=SecretStr("ftp://someone:secret@127.0.0.1/tape"),
+        ),
     )
     assert "no topics yet" in said
     assert "no tables yet" in said
@@ -77,3 +83,5 @@ async def test_nothing_yet_is_no_failure_and_who_is_away_is_named_while_the_othe
     assert "no tables yet" in no_kafka
     assert "PostgreSQL at 127.0.0.1:1/tape cannot be asked" in no_database
     assert "raw.crypto.v1" in no_database
+    assert "raw.crypto.v1" in wrong
+    assert {"DATABASE_URL", "ARCHIVE_URL"} <= set(wrong.split())
