@@ -16,11 +16,11 @@ from processors.operators.rollup import HOUR_NS
 from processors.pipeline import Output, Pipeline
 from processors.rebuild import replay
 from processors.repairs import SKEW_NS
-from processors.rollups import BarRecord, Rollups
+from processors.rollups import DAY_NS, EMITTED_NS, BarRecord, Rollups
 from processors.settings import PipelineSettings
 from processors.stages import RAW, REPAIRS
 from schemas import topics
-from schemas.events import MINUTE_NS, NS_PER_MS, NS_PER_S, decode_bar
+from schemas.events import MINUTE_NS, NS_PER_MS, NS_PER_S, MinuteClosed, decode_bar, encode
 from schemas.raw import RawRecord
 from tapedeck import kafka
 from tapedeck.errors import TapedeckError
@@ -133,6 +133,7 @@ class Recomputation:
             self._taken[number] = (*state.taken, recv)
             if state.tick is not None:
                 self._ticks.append(state.tick)
+                yield minutes.repaired_until(state.tick)
 
     async def _repaired(self, number: int) -> AsyncIterator[list[Output]]:
         """All that REST ever said of the stretch, which may be long after it, and what it said since then of others."""
@@ -171,11 +172,23 @@ class Minutes:
         """What these bars and markers bring."""
         made: list[Output] = []
         for output in filter(_is_bar, outputs):
-            if output.vouches:  # a marker
-                end = decode_bar(output.value).end
-                while self._waiting and self._waiting[-1][0] <= end:
-                    self._rollups.process(BarRecord(output.timestamp_ms, self._waiting.pop()[1], 0))
+            made += self.repaired_until(output.timestamp_ms * NS_PER_MS)
             made += self._rollups.process(BarRecord(output.timestamp_ms, output.value, 0))
+        return made
+
+    def repaired_until(self, end: int) -> list[Output]:
+        """The repairs of minutes that end by then. A day that would then be too old, as after a long outage and where
+        the recording begins, is closed before."""
+        made: list[Output] = []
+        while self._waiting and self._waiting[-1][0] <= end:
+            minute_end, value = self._waiting.pop()
+            self._rollups.process(BarRecord(minute_end // NS_PER_MS, value, 0))
+            day = (minute_end - MINUTE_NS) // DAY_NS * DAY_NS
+            following = self._waiting[-1][0] if self._waiting else end
+            if end - day > EMITTED_NS and following > day + DAY_NS:
+                fingerprint = decode_bar(value).fingerprint
+                marker = encode(MinuteClosed(self._rollups.partition, day + DAY_NS, [], fingerprint))
+                made += self._rollups.process(BarRecord((day + DAY_NS) // NS_PER_MS, marker, 0))
         return made
 
 

@@ -3,18 +3,21 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 from pydantic import SecretStr
 from rich.progress import Progress
 
 from bench.market import write_frames
 from processors.compute import run
 from processors.recompute import Recomputation
+from processors.rollups import DAY_NS
 from processors.settings import PipelineSettings
 from producers.offline import records_of
 from producers.slicer import SlicerSettings
-from schemas import topics
-from schemas.events import MINUTE_NS, NS_PER_MS, Bar, decode_bar
+from schemas import rest, topics
+from schemas.events import INTERVALS_NS, MINUTE_NS, NS_PER_MS, Bar, decode_bar
 from schemas.frames import Frame, read_frames
+from schemas.partition import partition_of
 from schemas.raw import RawRecord
 from tapedeck.archive import Archive, table_of
 from tapedeck.history import Entry
@@ -30,18 +33,30 @@ def frames(folder: Path, begin_ms: int, seconds: int) -> Iterable[Frame]:
     return read_frames(path)
 
 
-def archive(settings: Settings, records: list[RawRecord]) -> None:
-    """A file for each partition and hour."""
+def archive(settings: Settings, topic: topics.Topic, entries: Iterable[Entry]) -> None:
+    """A file for each partition and hour; the offsets are given here."""
     files = Archive(settings)
     groups: dict[tuple[int, int], list[Entry]] = {}
     offsets = [0] * topics.PARTITIONS
-    for r in records:
-        entry = Entry(r.partition, offsets[r.partition], r.timestamp_ms, None, r.headers(), r.value)
-        groups.setdefault((r.partition, r.timestamp_ms // HOUR_MS), []).append(entry)
-        offsets[r.partition] += 1
+    for entry in entries:
+        held = groups.setdefault((entry.partition, entry.timestamp_ms // HOUR_MS), [])
+        held.append(entry._replace(offset=offsets[entry.partition]))
+        offsets[entry.partition] += 1
     for (partition, hour), held in groups.items():
-        span = Span(held[0].offset, held[-1].offset + 1, hour, topics.RAW.name, partition)
+        span = Span(held[0].offset, held[-1].offset + 1, hour, topic.name, partition)
         files.put(span, [table_of(held)])
+
+
+def archive_feed(settings: Settings, market: Iterable[Frame]) -> list[RawRecord]:
+    """The raw log of it."""
+    records = list(records_of(market, SlicerSettings(), ["XT", "XQ", "XA"], ["*"]))
+    archive(settings, topics.RAW, (Entry(r.partition, 0, r.timestamp_ms, None, r.headers(), r.value) for r in records))
+    return records
+
+
+async def recomputed(settings: Settings, wanted: Iterable[topics.Topic], since: int, until: int) -> list[bytes]:
+    made = Recomputation(settings, PipelineSettings(), "archive", wanted, since, until)
+    return [value async for _, values in made.values(Progress(disable=True)) for value in values]
 
 
 def ended(values: Iterable[bytes], until: int) -> set[bytes]:
@@ -50,15 +65,35 @@ def ended(values: Iterable[bytes], until: int) -> set[bytes]:
     return {value for value, event in found if isinstance(event, Bar) and event.end <= until}
 
 
-async def test_what_is_open_when_a_long_silence_begins_is_closed_as_it_was(tmp_path: Path) -> None:
-    settings = Settings(_env_file=None, archive_url=SecretStr(str(tmp_path / "archive")))
-    market = [*frames(tmp_path, BEGIN_MS, 150), *frames(tmp_path, BEGIN_MS + 5 * HOUR_MS, 10)]
-    records = list(records_of(market, SlicerSettings(), ["XT", "XQ", "XA"], ["*"]))
-    archive(settings, records)
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(_env_file=None, archive_url=SecretStr(str(tmp_path / "archive")))
+
+
+async def test_what_is_open_when_a_long_silence_begins_is_closed_as_it_was(settings: Settings, tmp_path: Path) -> None:
+    records = archive_feed(settings, [*frames(tmp_path, BEGIN_MS, 150), *frames(tmp_path, BEGIN_MS + 5 * HOUR_MS, 10)])
     since, until = BEGIN_MS * NS_PER_MS, (BEGIN_MS + HOUR_MS) * NS_PER_MS
-    made = Recomputation(settings, PipelineSettings(), "archive", [topics.BARS_1M], since, until)
-    found = [value async for _, values in made.values(Progress(disable=True)) for value in values]
+    found = await recomputed(settings, [topics.BARS_1M], since, until)
     outputs = run(((record.n, record) for record in records), PipelineSettings())
     expected = ended((output.value for _, output in outputs if output.topic == topics.BARS_1M.name), until)
     assert any(decode_bar(value).end == since + 3 * MINUTE_NS for value in expected)
     assert ended(found, until) == expected
+
+
+async def test_history_from_long_before_the_recording_is_rolled_up(settings: Settings, tmp_path: Path) -> None:
+    archive_feed(settings, frames(tmp_path, BEGIN_MS, 10))
+    day = BEGIN_MS * NS_PER_MS // DAY_NS * DAY_NS - 10 * DAY_NS
+    minute = day + 61 * MINUTE_NS
+    trade = b'{"participant_timestamp":%d,"price":7,"size":1.25,"exchange":1,"id":"r","conditions":[1]}' % minute
+    part, pair = partition_of("BTC-USD"), "BTC-USD"
+    archive(
+        settings,
+        topics.RAW_REST,
+        (
+            Entry(part, 0, BEGIN_MS, None, headers, value)
+            for headers, value in rest.records_of(1, pair, minute, "trades", [trade], minute + MINUTE_NS)
+        ),
+    )
+    found = await recomputed(settings, [topics.BARS_1M, *topics.ROLLUPS.values()], day, day + DAY_NS)
+    made = [decode_bar(value) for value in ended(found, day + DAY_NS)]
+    assert {bar.interval for bar in made if isinstance(bar, Bar)} == set(INTERVALS_NS)

@@ -555,6 +555,16 @@ class TestRebuiltHistory:
         assert first_day(streamed) == [(0, Decimal(100))]
         assert first_day(rebuilt) == [(7, Decimal(200))]
 
+    def test_days_of_repairs_are_rolled_up_though_the_next_marker_is_weeks_later(self) -> None:
+        repaired = [bar(day * DAY + minute, repair=1, flags=["repaired"]) for day in (0, 1, 3) for minute in (5, 700)]
+        after = [bar(3), MinuteClosed(0, T0 + 20 * DAY_NS, [], "f0")]  # what was open, and the marker that closes it
+        minutes = Minutes(0, [_output(event, 20 * DAY) for event in repaired])
+        made = minutes.rolled_up([_output(event, 20 * DAY) for event in after])
+        days = [decode_bar(output.value) for output in made if output.topic == "bars.1d.v1"]
+        assert [(day.start, day.trade_count, day.repair) for day in days if isinstance(day, Bar)] == [
+            (T0 + day * DAY_NS, 2, 2) for day in (0, 1, 3)
+        ]
+
 
 def _output(event: Bar | MinuteEmpty | MinuteClosed, at: float) -> Output:
     made = record(event, at)
