@@ -19,11 +19,11 @@ from schemas import topics
 from sinks.assignment import Assignment
 from sinks.merging import Hour, merge, mergeable
 from tapedeck import kafka, metrics
-from tapedeck.archive import Archive, Damaged, table_of
+from tapedeck.archive import Archive, Damaged, tables_of
 from tapedeck.errors import UsageError
 from tapedeck.history import Entry
 from tapedeck.shell import Shell
-from tapedeck.spans import HOUR_MS, Span
+from tapedeck.spans import Span, hour_of
 
 log = structlog.get_logger()
 
@@ -49,7 +49,7 @@ class StorageAway(Exception):
 
 def cut(place: TopicPartition, position: int, entries: Sequence[Entry]) -> Iterator[tuple[Span, list[Entry]]]:
     """Consecutive records, from `position` on, as files: a new one wherever the hour changes."""
-    for hour, group in groupby(entries, lambda entry: entry.timestamp_ms // HOUR_MS):
+    for hour, group in groupby(entries, lambda entry: hour_of(entry.timestamp_ms)):
         held = list(group)
         span = Span(position, held[-1].offset + 1, hour, place.topic, place.partition)
         position = span.end
@@ -210,13 +210,14 @@ class ArchiveSink:
         for other in self._archive.hour(span.topic, span.hour, span.partition):
             if other.overlaps(span):
                 raise Taken(f"{span.path}: there is {other.path}")
-        return self._archive.put(span, [table_of(entries)])
+        return self._archive.put(span, tables_of(entries))
 
     async def _merge(self, hour: Hour) -> None:
+        """Or not: a damaged file, or a disk with no room for a large one, is no reason to archive nothing any more."""
         try:
             await self._store(merge, self._archive, hour)
-        except Damaged as error:
-            log.error("small files are left as they are", error=str(error))
+        except (Damaged, StorageAway) as error:
+            log.error("small files are left as they are", error=str(error.__cause__ or error))
 
     async def _store(self, work: Callable[..., T], *arguments: Any) -> T:
         """Raises StorageAway."""

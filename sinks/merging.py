@@ -19,13 +19,17 @@ def mergeable(spans: Iterable[Span]) -> set[Hour]:
 
 def merge(archive: Archive, hour: Hour) -> None:
     """Makes one file of each run of files, then removes those it covers. Cut off anywhere, no record is missing: a file
-    goes only once another has all that it had, and who reads by the names takes each record from one. Raises OSError.
+    goes only once another has all that it had, and who reads by the names takes each record from one. Raises OSError,
+    Damaged.
     """
     topic, partition, number = hour
     files = archive.hour(topic, number, partition)
     for run in runs_of(files):
         if merged(run) not in files:
-            archive.put(merged(run), (rows for part in parts_of(run) for rows in archive.rows(part)))
+            try:
+                archive.put(merged(run), (rows for part in parts_of(run) for rows in archive.rows(part)))
+            except FileNotFoundError:
+                return  # somebody else merges it
             files.append(merged(run))
     for span in redundant(files):
         archive.remove(span)

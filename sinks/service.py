@@ -312,7 +312,7 @@ async def _work(shell: Shell, name: str) -> None:
         await database.prepare(shell.settings)
     await kafka.prepare(shell.settings)
     works = [Sink(shell, table).run() for table in tables]
-    if name == "archive" or (name == "all" and shell.settings.archive_url is not None):
+    if name == "archive" or (name == "all" and shell.settings.archive_url):
         from sinks.archive import ArchiveSink  # pyarrow takes its time to load, and only this needs it
 
         works.append(ArchiveSink(shell).run())

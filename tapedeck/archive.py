@@ -5,6 +5,7 @@ Everything here blocks: call it in a thread.
 
 import contextlib
 import os
+import re
 import tempfile
 import uuid
 from bisect import bisect_left
@@ -37,6 +38,7 @@ READ_ROWS = 500
 GROUP_BYTES = 8 * 1024**2  # of a row group, uncompressed: a reader of one record reads it whole
 COPY_BYTES = 8 * 1024**2
 ABANDONED_S = 24 * 3600  # files written aside that are older than this are nobody's any more
+_ASIDE = re.compile(r"topic=[^/]+/date=[^/]+/hour=\d\d/\.[0-9a-f]{32}\.tmp")
 
 
 class Damaged(TapedeckError):
@@ -48,7 +50,7 @@ class Archive:
 
     def __init__(self, settings: Settings) -> None:
         """Raises UsageError when there is no archive, or its address is none."""
-        if settings.archive_url is None:
+        if not settings.archive_url:
             raise UsageError("there is no archive: set ARCHIVE_URL to a folder, or to s3://bucket/path")
         self._files, self._root = _filesystem(settings.archive_url.get_secret_value())
         # A stream to an object store becomes a file when it is closed, whole or not at all, and there is no rename.
@@ -85,6 +87,10 @@ class Archive:
                 yield from _rows(pq.ParquetFile(file), part, columns)
         except pa.ArrowException as error:
             raise Damaged(f"{path} of the archive is damaged, restore or remove it: {error}") from error
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # what cannot be decompressed is one as well, and does not say which file it is
+            raise OSError(f"{path}: {error}") from error
 
     def entries(self, part: Part) -> Iterator[list[Entry]]:
         """The records of a part, as `rows` gives them."""
@@ -126,8 +132,23 @@ class Archive:
     def sweep(self, now_s: float) -> None:
         """Throws away what was written aside and left, by whom a crash ended."""
         for info in self._files.get_file_info(fs.FileSelector(self._root, allow_not_found=True, recursive=True)):
-            if info.is_file and info.extension == "tmp" and info.mtime.timestamp() < now_s - ABANDONED_S:
+            ours = info.is_file and _ASIDE.fullmatch(info.path[len(self._root) + 1 :])
+            if ours and info.mtime.timestamp() < now_s - ABANDONED_S:
                 self._files.delete_file(info.path)
+
+
+def tables_of(entries: Iterable[Entry]) -> Iterator[pa.Table]:
+    """Records as tables, each large enough for a row group."""
+    held: list[Entry] = []
+    size = 0
+    for entry in entries:
+        held.append(entry)
+        size += len(entry.value or b"")
+        if size >= GROUP_BYTES:
+            yield table_of(held)
+            held, size = [], 0
+    if held:
+        yield table_of(held)
 
 
 def table_of(entries: Sequence[Entry]) -> pa.Table:
@@ -185,7 +206,8 @@ def _rows(parquet: pq.ParquetFile, part: Part, columns: Sequence[str] | None) ->
     place = parquet.schema_arrow.get_field_index("offset")
     statistics = [parquet.metadata.row_group(group).column(place).statistics for group in range(parquet.num_row_groups)]
     groups = [group for group, found in enumerate(statistics) if _overlaps(found, part)]
-    for batch in parquet.iter_batches(READ_ROWS, groups, columns=columns):
+    # One group at a time, for a batch goes beyond the end of one, and records may be large.
+    for batch in (batch for group in groups for batch in parquet.iter_batches(READ_ROWS, [group], columns=columns)):
         offsets = batch.column("offset").to_pylist()
         first, end = bisect_left(offsets, part.first), bisect_left(offsets, part.end)
         if first < end:
@@ -227,10 +249,18 @@ def _filesystem(url: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
     try:
         files, root = fs.FileSystem.from_uri(url)
-    except (ValueError, OSError, pa.ArrowException) as error:
-        # Without its words: they have the address in them, which may have a key in it.
+        root = re.sub("/+", "/", root).rstrip("/")  # there are no empty names
+        if not root:
+            raise ValueError
+    # Without their words: they have the address in them, which may have a key in it.
+    except (ValueError, pa.ArrowException) as error:
         raise UsageError(
             f"ARCHIVE_URL is no address that pyarrow can open ({type(error).__name__}): "
             "give a folder, or s3://bucket/path"
         ) from None
-    return files, root.rstrip("/")
+    except OSError:  # S3 is asked for the bucket's region, where the address does not have it
+        raise TapedeckError(
+            "ARCHIVE_URL names a storage that does not answer, or a bucket that is not there: try again, or see to "
+            "network, name and credentials"
+        ) from None
+    return files, root

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 HOUR_MS = 3_600_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_LAST_HOUR = (datetime(9999, 12, 31, 23, tzinfo=UTC) - _EPOCH) // timedelta(hours=1)
 _PATH = re.compile(
     r"topic=(?P<topic>[^/]+)/date=(?P<date>\d{4}-\d\d-\d\d)/hour=(?P<hour>\d\d)/"
     r"(?P<partition>\d+)-(?P<begin>\d+)-(?P<end>\d+)\.parquet"
@@ -53,6 +54,11 @@ class Part(NamedTuple):
     span: Span
     first: int
     end: int
+
+
+def hour_of(timestamp_ms: int) -> int:
+    """The hour that a record is filed under: times that have no date of four digits are at either end."""
+    return max(0, min(timestamp_ms // HOUR_MS, _LAST_HOUR))
 
 
 def folder_of(topic: str, hour: int) -> str:

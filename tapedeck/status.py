@@ -252,7 +252,7 @@ async def _tables(settings: Settings) -> Tables | None:
 
 async def _archive(settings: Settings) -> list[Archived] | None:
     """None where there is none."""
-    if settings.archive_url is None:
+    if not settings.archive_url:
         return None
     from tapedeck.archive import Archive  # pyarrow takes its time to load
 
