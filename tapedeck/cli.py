@@ -63,15 +63,19 @@ class Moment(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         from datetime import UTC, datetime, timedelta
 
-        if value.isdecimal() and len(value) != 8:  # which is a date
-            unit = next((unit for unit in (10**9, 10**6, 10**3) if int(value) * unit < 10**19), 1)
-            return int(value) * unit
         try:
-            moment = datetime.fromisoformat(value)
+            if value.isdecimal() and len(value) != 8:  # which is a date
+                unit = next((unit for unit in (10**9, 10**6, 10**3) if int(value) * unit < 10**19), 1)
+                moment_ns = int(value) * unit
+            else:
+                moment = datetime.fromisoformat(value)
+                since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
+                moment_ns = since // timedelta(microseconds=1) * 1000
         except ValueError:
             self.fail(f"{value!r} is no time like 2026-11-26, 2026-11-26T14:30 or 2026-11-26T14:30:00Z", param, ctx)
-        since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
-        return since // timedelta(microseconds=1) * 1000
+        if not 0 <= moment_ns < 2**63:
+            self.fail(f"{value!r} is not between 1970 and 2262", param, ctx)
+        return moment_ns
 
 
 class FaultSpec(click.ParamType):
@@ -337,7 +341,7 @@ def replay(since: int, until: int, symbols: list[str] | None, speed: float, sour
         raise click.UsageError("--from must lie before --to")
     settings = _settings()
     logs.configure(settings, "replay")
-    wanted = frozenset(symbols or []) - {"*"}
+    wanted = frozenset() if "*" in (symbols or "*") else frozenset(symbols or [])
     want = Wanted(-(-since // NS_PER_MS), -(-until // NS_PER_MS), wanted, speed)
     count = asyncio.run(play(settings, source, prefix, want))
     click.echo(f"{count:,} records onto the topics under {prefix}", err=True)

@@ -126,6 +126,14 @@ def test_the_version_is_told(tmp_path: Path) -> None:
         ("demo --symbols ,", "BTC-USD"),
         ("demo --live", "POLYGON_API_KEY"),
         ("produce", "POLYGON_API_KEY"),
+        ("replay --from soon --to 2026-11-26", "'soon' is no time like 2026-11-26"),
+        ("replay --from 1969-12-31 --to 2026-11-26", "between 1970 and 2262"),
+        ("replay --from 2026-11-26 --to 2026-11-26T02:00+02:00", "--from must lie before --to"),
+        ("replay --from 2026-11-25 --to 2026-11-26 --prefix a/b", "--prefix 'a/b'"),
+        ("replay --from 2026-11-25 --to 2026-11-26 --source archive", "ARCHIVE_URL"),
+        ("rebuild trades --from 2026-11-25", "--to"),
+        ("rebuild bars --from 2026-11-25 --to 9999-12-31", "between 1970 and 2262"),
+        ("archive compact", "ARCHIVE_URL"),
     ],
 )
 def test_wrong_use_is_exit_code_2_and_one_line(tmp_path: Path, arguments: str, says: str) -> None:
@@ -165,7 +173,9 @@ def test_a_file_of_another_kind_is_refused_with_its_line(tmp_path: Path, option:
 # -- what fails outside ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", ["log --out x", "process", "sink trades"])
+@pytest.mark.parametrize(
+    "arguments", ["log --out x", "process", "sink trades", "replay --from 2026-11-25 --to 2026-11-26"]
+)
 def test_what_cannot_be_reached_is_named_with_its_setting(tmp_path: Path, arguments: str) -> None:
     done = tapedeck(
         tmp_path,
