@@ -14,18 +14,21 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import NamedTuple
 
+import structlog
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from producers.replayed import Headers, replayed, wanted
+from producers.replayed import replayed, wanted
 from schemas import topics
-from schemas.raw import REPLAY, REPLAY_BEGINS
+from schemas.raw import REPLAY, REPLAY_BEGINS, Foreign, record_of
 from tapedeck import kafka
 from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.history import Entry, History, Source, open_history
 from tapedeck.settings import Settings
+
+log = structlog.get_logger()
 
 Place = tuple[str, int]
 MS_PER_S = 1000
@@ -51,14 +54,15 @@ class Due(NamedTuple):
 class Stretch:
     """What is played of one partition."""
 
-    def __init__(self, topic: topics.Topic, place: Place, log: History, first: int, end: int) -> None:
+    def __init__(self, topic: topics.Topic, place: Place, history: History, first: int, end: int) -> None:
         self.count = end - first
+        self.lacks = 0 < first == history.begin  # what was before it, which may have been of the time that is wanted
         self._begins = first > 0
         self._src = b""  # until the first record of ours
         self._topic = topic
         self._place = place
         self._position = first
-        self._batches = log.batches(first, end)
+        self._batches = history.batches(first, end)
         self._times: list[int] = []
         self._entries: list[Entry] = []
 
@@ -87,7 +91,7 @@ class Stretch:
         for at_ms, entry in zip(self._times[:count], self._entries[:count], strict=True):
             headers, value = entry.headers, entry.value
             if self._topic is topics.RAW:
-                headers, value = replayed(headers, value, symbols, self._source(headers))
+                headers, value = replayed(headers, value, symbols, self._source(entry))
             elif not wanted(headers, symbols):
                 continue
             again = Entry(entry.partition, entry.offset, entry.timestamp_ms, entry.key, headers, value)
@@ -99,51 +103,61 @@ class Stretch:
         del self._entries[:count]
         return count, due
 
-    def _source(self, headers: Headers) -> bytes:
+    def _source(self, entry: Entry) -> bytes:
         """What to call the source of a record: the first one of ours says when it is in the middle."""
         if self._src:
             return self._src
-        found = dict(headers).get("src")
-        if found is None:
-            return b""
+        record = record_of(entry.partition, entry.timestamp_ms, entry.headers, entry.value, entry.offset)
+        if isinstance(record, Foreign):
+            return dict(entry.headers).get("src", b"")
         self._src = REPLAY.encode()
-        return REPLAY_BEGINS.encode() if self._begins or found == REPLAY_BEGINS.encode() else self._src
+        return REPLAY_BEGINS.encode() if self._begins or record.src == REPLAY_BEGINS else self._src
 
 
 async def replay(settings: Settings, source: Source, prefix: str, want: Wanted) -> int:
     """Plays it onto the topics under `prefix`; returns the number of records. Raises UsageError, TapedeckError."""
     target = settings.model_copy(update={"topic_prefix": prefix})
-    await _prepare(settings, target)
+    _check(settings, prefix)
+    if source == "kafka":
+        await kafka.prepare(settings)
     publisher = kafka.Publisher(target)
-    try:
-        async with AsyncExitStack() as stack:
-            stretches = [
-                stretch
-                for topic in topics.ARCHIVED
-                for partition in range(topic.partitions)
-                if (stretch := await _open(stack, settings, source, topic, partition, prefix, want)).count
-            ]
-            if not stretches:
-                raise TapedeckError(f"there is nothing to play from {_text(want.since_ms)} to {_text(want.until_ms)}")
+    async with AsyncExitStack() as stack:
+        stretches = [
+            stretch
+            for topic in topics.ARCHIVED
+            for partition in range(topic.partitions)
+            if (stretch := await _open(stack, settings, source, topic, partition, prefix, want)).count
+        ]
+        if not stretches:
+            raise TapedeckError(f"there is nothing to play from {_text(want.since_ms)} to {_text(want.until_ms)}")
+        if any(stretch.lacks for stretch in stretches):
+            log.warning("the log begins too late to play all of it: another --source may still have it", source=source)
+        await _prepare(target)
+        try:
             await publisher.start()
             stack.push_async_callback(publisher.stop)
             return await _play(stretches, publisher, want)
-    except KafkaError as error:
-        raise TapedeckError(
-            f"the replay ends before its end, Kafka says: {error!r}. Start it again with another --prefix"
-        ) from error
+        except KafkaError as error:
+            raise TapedeckError(
+                f"the replay ends before its end, Kafka says: {error!r}. Start it again with another --prefix"
+            ) from error
 
 
-async def _prepare(settings: Settings, target: Settings) -> None:
-    """Raises UsageError where the topics are not there for a replay alone."""
-    prefix = target.topic_prefix
+def _check(settings: Settings, prefix: str) -> None:
+    """Raises UsageError where it is no prefix for a replay."""
     if prefix == settings.topic_prefix:
         raise UsageError(f"--prefix {prefix!r} is that of the live line: a replay needs topics of its own")
     if not re.fullmatch(r"[A-Za-z0-9._-]+", prefix):
         raise UsageError(f"--prefix {prefix!r} makes no name of a topic: letters, digits, dots, dashes")
+
+
+async def _prepare(target: Settings) -> None:
+    """Makes the topics; raises UsageError where they are not there for a replay alone."""
     await kafka.prepare(target)
     places = [
-        TopicPartition(prefix + topic.name, number) for topic in topics.ARCHIVED for number in range(topic.partitions)
+        TopicPartition(target.topic_prefix + topic.name, number)
+        for topic in topics.ARCHIVED
+        for number in range(topic.partitions)
     ]
     try:
         reader = await kafka.consumer(target, *places)
@@ -152,7 +166,7 @@ async def _prepare(settings: Settings, target: Settings) -> None:
         finally:
             await reader.stop()
     except KafkaError as error:
-        raise TapedeckError(f"Kafka at {settings.kafka_bootstrap_servers}: {error}") from error
+        raise TapedeckError(f"Kafka at {target.kafka_bootstrap_servers}: {error}") from error
     if held := sorted({place.topic for place, end in ends.items() if end}):
         raise UsageError(
             f"{', '.join(held)} hold records already, and a second replay behind them would be taken for repeats: "
@@ -169,11 +183,11 @@ async def _open(
     prefix: str,
     want: Wanted,
 ) -> Stretch:
-    log = await stack.enter_async_context(open_history(settings, source, topic, partition))
-    first, end = log.end, log.end
-    if log.begin < log.end:
-        first, end = await log.first_since(want.since_ms), await log.first_since(want.until_ms)
-    return Stretch(topic, (prefix + topic.name, partition), log, first, end)
+    history = await stack.enter_async_context(open_history(settings, source, topic, partition))
+    first, end = history.end, history.end
+    if history.begin < history.end:
+        first, end = await history.first_since(want.since_ms), await history.first_since(want.until_ms)
+    return Stretch(topic, (prefix + topic.name, partition), history, first, end)
 
 
 async def _play(stretches: Sequence[Stretch], publisher: kafka.Publisher, want: Wanted) -> int:
@@ -243,4 +257,5 @@ async def _paced(rounds: AsyncIterator[tuple[int, list[Due]]], speed: float) -> 
 
 
 def _text(time_ms: int) -> str:
-    return f"{datetime.fromtimestamp(time_ms / MS_PER_S, UTC):%Y-%m-%d %H:%M:%S}"
+    latest = datetime(9999, 12, 31, tzinfo=UTC).timestamp()  # a record of somebody else's may have any time
+    return f"{datetime.fromtimestamp(min(time_ms / MS_PER_S, latest), UTC):%Y-%m-%d %H:%M:%S}"

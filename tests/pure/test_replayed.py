@@ -1,12 +1,16 @@
 """What a filtered replay leaves out takes a number all the same, and what it keeps keeps its bytes."""
 
+from collections.abc import AsyncIterator
+
 import pytest
 
 from processors.pipeline import Pipeline
 from processors.settings import PipelineSettings
+from producers.replay import Stretch
 from producers.replayed import replayed, wanted
-from schemas import rest, wire
+from schemas import rest, topics, wire
 from schemas.raw import RawRecord
+from tapedeck.history import Entry
 
 SYMBOLS = frozenset({"BTC-USD"})
 OUT = wire.LEFT_OUT
@@ -51,3 +55,27 @@ def test_groups_of_rest_go_by_their_pair() -> None:
     assert [wanted(headers, SYMBOLS) for ((headers, _),) in groups] == [True, False]
     assert wanted(groups[1][0][0], frozenset())
     assert wanted([("kind", b"something else")], SYMBOLS)
+
+
+class Middle:
+    """The end of a log: somebody else's record with the headers of ours, as far as they went, then two of ours."""
+
+    begin, end = 5, 8
+
+    async def timestamp_ms(self, offset: int) -> int:
+        return offset
+
+    async def first_since(self, timestamp_ms: int) -> int:
+        return timestamp_ms
+
+    async def batches(self, first: int, end: int) -> AsyncIterator[list[Entry]]:
+        headers = RawRecord(1, 0, "slice", 1, 7, [(0, 1)], b"[null]").headers()
+        yield [Entry(1, offset, offset, None, headers[2 if offset == 5 else 0 :], b"[null]") for offset in range(5, 8)]
+
+
+async def test_the_first_record_of_ours_says_that_the_log_begins_in_its_middle() -> None:
+    stretch = Stretch(topics.RAW, ("replay.raw.crypto.v1", 1), Middle(), 5, 8)
+    assert await stretch.fill()
+    assert stretch.lacks
+    _, due = stretch.take(9, frozenset())
+    assert [dict(record.entry.headers)["src"] for record in due] == [b"ws", b"replay-begins", b"replay"]
