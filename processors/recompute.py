@@ -77,7 +77,7 @@ class Recomputation:
                         values.setdefault(output.topic, []).append(output.value)
                 for found in values.items():
                     yield found
-        if not self._ticks:
+        if not any(self._ticks):
             raise TapedeckError(
                 f"the log ({self._source}) holds nothing of that time, so there is nothing to compare with"
             )
@@ -117,6 +117,8 @@ class Recomputation:
             await self._note(log, topics.RAW, number, state.memory_ns + ahead_ns, last)
             if log.begin < log.end:
                 self._begins.append(await log.timestamp_ms(log.begin) * NS_PER_MS)
+            else:  # nothing is known of it, if there is more elsewhere
+                self._ticks.append(0)
             task = progress.add_task(f"partition {number}", total=last - first)
             recv = 0
             async for entries in log.batches(first, last):

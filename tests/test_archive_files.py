@@ -9,7 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from aiokafka import TopicPartition
 from pydantic import SecretStr
+from rich.progress import Progress
 
+from processors.recompute import Recomputation
+from processors.settings import PipelineSettings
+from schemas import topics
+from schemas.events import MINUTE_NS
+from schemas.raw import RawRecord
 from sinks.archive import ArchiveSink, cut
 from sinks.merging import merge
 from tapedeck import archive as module
@@ -119,3 +125,18 @@ def test_an_address_that_is_none_is_wrong_use(url: str) -> None:
 def test_an_address_with_slashes_too_many_is_the_one_without() -> None:
     url = "s3://key:hush@bucket//tape//?region=somewhere"
     assert Archive(Settings(_env_file=None, archive_url=SecretStr(url)))._root == "bucket/tape"
+
+
+async def test_bars_of_a_partition_that_the_archive_lacks_are_not_settled(settings: Settings) -> None:
+    ticks = [RawRecord(3, at_ms, "tick", 1, n, [(0, 1)], b'{"fresh":[]}') for n, at_ms in enumerate((0, 3_600_000))]
+    put(Archive(settings), 0, [Entry(3, r.n, r.timestamp_ms, None, r.headers(), r.value) for r in ticks])
+    made = Recomputation(settings, PipelineSettings(), "archive", [topics.BARS_1M], 0, MINUTE_NS)
+    with Progress(disable=True) as progress:
+        assert [values async for values in made.values(progress)]
+    assert made.reach().settled < 0
+
+
+async def test_an_archive_that_holds_nothing_is_nothing_to_compare_with(settings: Settings) -> None:
+    made = Recomputation(settings, PipelineSettings(), "archive", [topics.BARS_1M], 0, MINUTE_NS)
+    with Progress(disable=True) as progress, pytest.raises(TapedeckError, match="holds nothing of that time"):
+        _ = [values async for values in made.values(progress)]
