@@ -148,6 +148,19 @@ def test_prometheus_asks_every_service_at_the_port_it_listens_on() -> None:
     assert {job["job_name"] for job in PROMETHEUS["scrape_configs"]} == {"produce", "process", "sink", "simulate"}
 
 
+def test_every_sink_has_a_service() -> None:
+    kinds = next(parameter.type for parameter in cli.commands["sink"].params if parameter.name == "name")
+    assert isinstance(kinds, click.Choice)
+    ran = {service["command"][1] for service in OURS.values() if service["command"][0] == "sink"}
+    assert ran == {*kinds.choices} - {"all"}
+
+
+def test_the_archive_lies_in_a_volume_that_its_sink_may_write_to() -> None:
+    folder = OURS["sink-archive"]["environment"]["ARCHIVE_URL"]
+    assert OURS["sink-archive"]["volumes"] == [f"archive:{folder}"]
+    assert f"install -d -o tapedeck {folder}\n" in (TOP / "deploy/Dockerfile").read_text()
+
+
 def test_what_is_mounted_is_there() -> None:
     for service in COMPOSE["services"].values():
         for volume in service.get("volumes", ()):
