@@ -308,15 +308,15 @@ async def run(shell: Shell, name: str) -> None:
 
 async def _work(shell: Shell, name: str) -> None:
     tables = tables_of(name)
-    if tables:
-        await database.prepare(shell.settings)
-    await kafka.prepare(shell.settings)
-    works = [Sink(shell, table).run() for table in tables]
+    works = [Sink(shell, table).run for table in tables]
     if name == "archive" or (name == "all" and shell.settings.archive_url):
         from sinks.archive import ArchiveSink  # pyarrow takes its time to load, and only this needs it
 
-        works.append(ArchiveSink(shell).run())
-    sinks = [asyncio.create_task(work) for work in works]
+        works.append(ArchiveSink(shell).run)
+    if tables:
+        await database.prepare(shell.settings)
+    await kafka.prepare(shell.settings)
+    sinks = [asyncio.create_task(work()) for work in works]
     try:
         await asyncio.gather(*sinks)
     except KafkaError as error:

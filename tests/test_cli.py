@@ -134,6 +134,7 @@ def test_the_version_is_told(tmp_path: Path) -> None:
         ("rebuild trades --from 2026-11-25", "--to"),
         ("rebuild bars --from 2026-11-25 --to 9999-12-31", "between 1970 and 2262"),
         ("archive compact", "ARCHIVE_URL"),
+        ("sink archive", "ARCHIVE_URL"),
     ],
 )
 def test_wrong_use_is_exit_code_2_and_one_line(tmp_path: Path, arguments: str, says: str) -> None:
