@@ -84,7 +84,7 @@ class Archive:
         path = f"{self._root}/{part.span.path}"
         try:
             with self._files.open_input_file(path) as file:
-                yield from _rows(pq.ParquetFile(file), part, columns)
+                yield from _rows(pq.ParquetFile(file, page_checksum_verification=True), part, columns)
         except pa.ArrowException as error:
             raise Damaged(f"{path} of the archive is damaged, restore or remove it: {error}") from error
         except FileNotFoundError:
@@ -118,6 +118,8 @@ class Archive:
             if self._local:
                 _sync(aside)
             self._files.move(aside, final)
+            if self._local:
+                _sync(folder)
         except BaseException:
             if self._files.get_file_info(aside).is_file:
                 self._files.delete_file(aside)
@@ -222,7 +224,9 @@ def _write(out: IO[bytes] | pa.NativeFile, tables: Iterable[pa.Table | pa.Record
     """The bytes of a Parquet file with these rows, in row groups of moderate size; returns their number."""
     held: list[pa.Table] = []
     repeating = ["partition", "headers.key_value.key"]
-    with pq.ParquetWriter(out, SCHEMA, compression="zstd", use_dictionary=repeating) as writer:
+    with pq.ParquetWriter(
+        out, SCHEMA, compression="zstd", use_dictionary=repeating, write_page_checksum=True
+    ) as writer:
         for table in tables:
             if isinstance(table, pa.RecordBatch):
                 table = pa.Table.from_batches([table])

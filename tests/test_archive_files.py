@@ -44,14 +44,15 @@ def put(archive: Archive, begin: int, entries: list[Entry]) -> Path:
     return Path(archive._root, span.path)
 
 
+@pytest.mark.parametrize("place", [4, 10_000])  # what describes the values, and one of them
 async def test_a_file_that_cannot_be_merged_is_said_and_stops_nothing(
-    settings: Settings, capsys: pytest.CaptureFixture[str]
+    settings: Settings, capsys: pytest.CaptureFixture[str], place: int
 ) -> None:
     sink, archive = ArchiveSink(Shell(settings, "sink archive")), Archive(settings)
     path = put(archive, 0, [entry(offset, os.urandom(200)) for offset in range(100)])
     put(archive, 100, [entry(100)])
     damaged = bytearray(path.read_bytes())
-    damaged[4:12] = b"\xff" * 8
+    damaged[place : place + 8] = b"\xff" * 8
     path.write_bytes(damaged)
     await sink._merge((TOPIC, 3, 0))
     assert str(path) in capsys.readouterr().out
