@@ -6,13 +6,12 @@ Everything here blocks: call it in a thread.
 import contextlib
 import os
 import re
-import tempfile
 import uuid
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,7 +35,6 @@ SCHEMA = pa.schema(
 )
 READ_ROWS = 500
 GROUP_BYTES = 8 * 1024**2  # of a row group, uncompressed: a reader of one record reads it whole
-COPY_BYTES = 8 * 1024**2
 ABANDONED_S = 24 * 3600  # files written aside that are older than this are nobody's any more
 _ASIDE = re.compile(r"topic=[^/]+/date=[^/]+/hour=\d\d/\.[0-9a-f]{32}\.tmp")
 
@@ -53,8 +51,6 @@ class Archive:
         if not settings.archive_url:
             raise UsageError("there is no archive: set ARCHIVE_URL to a folder, or to s3://bucket/path")
         self._files, self._root = _filesystem(settings.archive_url.get_secret_value())
-        # A stream to an object store becomes a file when it is closed, whole or not at all, and there is no rename.
-        self._renames = self._files.type_name not in ("s3", "gcs")
         self._local = self._files.type_name == "local"
 
     def spans(self, topic: str) -> list[Span]:
@@ -99,18 +95,11 @@ class Archive:
     # -- writing -----------------------------------------------------------------------------------
 
     def put(self, span: Span, tables: Iterable[pa.Table | pa.RecordBatch]) -> int:
-        """Writes a file, whole or not at all, and returns its bytes. Again is harmless."""
+        """Writes a file, whole or not at all, and returns its bytes. Again is harmless. In an object store too it is
+        written aside: an upload that is interrupted is closed by pyarrow, and stands there as if it were whole."""
         folder = f"{self._root}/{span.folder}"
         final = f"{self._root}/{span.path}"
         self._files.create_dir(folder)
-        if not self._renames:
-            with tempfile.TemporaryFile() as spool:
-                size = _write(spool, tables)
-                spool.seek(0)
-                with self._files.open_output_stream(final) as out:
-                    while piece := spool.read(COPY_BYTES):
-                        out.write(piece)
-            return size
         aside = f"{folder}/.{uuid.uuid4().hex}.tmp"
         try:
             with self._files.open_output_stream(aside) as out:
@@ -220,7 +209,7 @@ def _overlaps(statistics: Any, part: Part) -> bool:
     return bool(statistics.min < part.end and part.first <= statistics.max)
 
 
-def _write(out: IO[bytes] | pa.NativeFile, tables: Iterable[pa.Table | pa.RecordBatch]) -> int:
+def _write(out: pa.NativeFile, tables: Iterable[pa.Table | pa.RecordBatch]) -> int:
     """The bytes of a Parquet file with these rows, in row groups of moderate size; returns their number."""
     held: list[pa.Table] = []
     repeating = ["partition", "headers.key_value.key"]
@@ -236,7 +225,8 @@ def _write(out: IO[bytes] | pa.NativeFile, tables: Iterable[pa.Table | pa.Record
                 held.clear()
         if held:
             writer.write_table(pa.concat_tables(held))
-    return out.tell()
+    size: int = out.tell()
+    return size
 
 
 def _sync(path: str) -> None:
@@ -250,7 +240,10 @@ def _sync(path: str) -> None:
 
 def _filesystem(url: str) -> tuple[fs.FileSystem, str]:
     if "://" not in url:
-        return fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
+        try:
+            return fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
+        except RuntimeError as error:  # nobody's home
+            raise UsageError(f"ARCHIVE_URL is no folder: {error}") from None
     try:
         files, root = fs.FileSystem.from_uri(url)
         root = re.sub("/+", "/", root).rstrip("/")  # there are no empty names

@@ -2,9 +2,10 @@
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from aiokafka import TopicPartition
@@ -78,6 +79,17 @@ def test_somebody_else_may_merge_at_the_same_time(settings: Settings) -> None:
     assert sorted(span[:2] for span in late.spans(TOPIC)) == [(0, 20), (20, 30)]
 
 
+def test_a_file_that_is_interrupted_is_not_there(settings: Settings) -> None:
+    def interrupted() -> Iterator[pa.Table]:
+        yield from tables_of([entry(0)])
+        raise KeyboardInterrupt
+
+    archive = Archive(settings)
+    with pytest.raises(KeyboardInterrupt):
+        archive.put(Span(0, 2, 0, TOPIC, 3), interrupted())
+    assert not [path for path in Path(archive._root).rglob("*") if path.is_file()]
+
+
 def test_only_what_the_archive_wrote_aside_is_swept(settings: Settings, tmp_path: Path) -> None:
     archive = Archive(settings)
     put(archive, 0, [entry(0)])
@@ -116,7 +128,9 @@ def test_large_records_are_read_a_few_at_a_time(settings: Settings, monkeypatch:
     assert sum(sizes(archive.entries(Part(span, 1, 40)))) == 39
 
 
-@pytest.mark.parametrize("url", ["", "s3://", "s4://bucket/tape", "s3://key:hush@bucket/tape?nonsense=hush"])
+@pytest.mark.parametrize(
+    "url", ["", "~nobody-of-that-name/tape", "s3://", "s4://bucket/tape", "s3://key:hush@bucket/tape?nonsense=hush"]
+)
 def test_an_address_that_is_none_is_wrong_use(url: str) -> None:
     with pytest.raises(UsageError, match="ARCHIVE_URL") as raised:
         Archive(Settings(_env_file=None, archive_url=SecretStr(url)))
