@@ -160,10 +160,17 @@ def test_every_sink_has_a_service() -> None:
     assert ran == {*kinds.choices} - {"all"}
 
 
-def test_the_archive_lies_in_a_volume_that_its_sink_may_write_to() -> None:
-    folder = OURS["sink-archive"]["environment"]["ARCHIVE_URL"]
-    assert OURS["sink-archive"]["volumes"] == [f"archive:{folder}"]
-    assert f"install -d -o tapedeck {folder}\n" in (TOP / "deploy/Dockerfile").read_text()
+@pytest.mark.parametrize(
+    ("service", "setting", "volume"),
+    [("sink-archive", "ARCHIVE_URL", "archive"), ("produce", "JOURNAL_DIR", "journal")],
+)
+def test_what_must_outlive_a_container_lies_in_a_volume_that_it_may_write_to(
+    service: str, setting: str, volume: str
+) -> None:
+    folder = OURS[service]["environment"][setting]
+    assert OURS[service]["volumes"] == [f"{volume}:{folder}"]
+    made = next(line for line in (TOP / "deploy/Dockerfile").read_text().splitlines() if "install -d" in line)
+    assert folder in made.partition("install -d -o tapedeck ")[2].split()
 
 
 def test_what_is_mounted_is_there() -> None:
