@@ -334,19 +334,21 @@ class Demo:
         return report, report.complaints(streams)
 
     async def _received(self) -> None:
-        """Waits until the producer has what the feed sent: as many events, or, when it was away for some,
-        no new ones for a while."""
+        """Waits until the producer has what the feed sent (as many events, or, when it was away for some, no new ones
+        for a while) and Kafka has it from there: at an orderly stop it waits for Kafka no longer."""
         async with aiohttp.ClientSession() as http:
             seen, since = -1.0, time.monotonic()
-            while time.monotonic() - since < QUIET_S:
+            while True:
                 feed, producer = await asyncio.gather(
                     scrape(http, self._http["feed"]), scrape(http, self._http["produce"])
                 )
                 received = producer.get("tapedeck_producer_events_total", 0)
-                if received and received == feed.get("tapedeck_feed_events_total"):
-                    return
                 if received != seen:
                     seen, since = received, time.monotonic()
+                whole = received and received == feed.get("tapedeck_feed_events_total")
+                waiting = producer.get("tapedeck_producer_journal_records")
+                if (whole or time.monotonic() - since >= QUIET_S) and not waiting:
+                    return
                 await asyncio.sleep(0.1)
 
     async def _processed(self) -> None:
