@@ -38,6 +38,11 @@ HYPERTABLES = (
 )
 AGGREGATES = {"bars_hourly": "1 hour", "bars_daily": "1 day"}
 REFRESH = "5 minutes"
+OURS = """
+    SELECT string_agg(oid::regclass::text, ', ') FROM pg_class WHERE relnamespace = 'public'::regnamespace
+    AND relkind IN ('r', 'v') AND relowner = (SELECT relowner FROM pg_class WHERE oid = 'crypto_trades'::regclass)
+"""
+RIGHTS = {"tapedeck_writer": "SELECT, INSERT, UPDATE, DELETE", "tapedeck_reader": "SELECT"}
 
 
 async def apply(connection: asyncpg.Connection, settings: Settings) -> None:
@@ -46,6 +51,7 @@ async def apply(connection: asyncpg.Connection, settings: Settings) -> None:
         "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = 'crypto_trades'::regclass"
     ):
         return
+    await _roles(connection)
     if await connection.fetchval(LOADED) is None:
         await _views(connection)
         return
@@ -62,6 +68,19 @@ async def apply(connection: asyncpg.Connection, settings: Settings) -> None:
             await _retention(connection, kept, settings.trades_keep_days)
     for name, bucket in AGGREGATES.items():
         await _aggregate(connection, name, bucket)
+
+
+async def _roles(connection: asyncpg.Connection) -> None:
+    """They may have come since the migration that makes them, which could not: from the server's administrator, or from
+    another database that made the same ones at that moment. Others' tables are none of theirs."""
+    lacking = "SELECT NOT has_table_privilege(rolname, 'crypto_trades', 'SELECT') FROM pg_roles WHERE rolname = $1"
+    for role, rights in RIGHTS.items():
+        if await connection.fetchval(lacking, role):
+            ours = await connection.fetchval(OURS)
+            await connection.execute(
+                f"GRANT USAGE ON SCHEMA public TO {role}; GRANT {rights} ON {ours} TO {role}; "
+                f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT {rights} ON TABLES TO {role}"
+            )
 
 
 async def _hypertable(connection: asyncpg.Connection, kept: Kept) -> None:

@@ -176,6 +176,21 @@ async def test_one_role_writes_and_one_only_reads(settings: Settings) -> None:
     await connection.close()
 
 
+async def test_roles_that_come_later_get_their_rights_at_the_next_start(settings: Settings) -> None:
+    await database.prepare(settings)
+    connection = await connected(settings)
+    for role, rights in storage.RIGHTS.items():
+        await connection.execute(
+            f"ALTER DEFAULT PRIVILEGES IN SCHEMA public REVOKE {rights} ON TABLES FROM {role}; "
+            f"REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {role}"
+        )
+    await database.prepare(settings)
+    await connection.execute("CREATE TABLE later (a int)")
+    for role in storage.RIGHTS:
+        await connection.execute(f"SET ROLE {role}; SELECT * FROM crypto_quotes, later; RESET ROLE")
+    await connection.close()
+
+
 BUCKETS = "SELECT time, open, high, low, close, volume, trade_count, minutes FROM {} ORDER BY time"
 
 
@@ -321,15 +336,22 @@ async def test_a_repair_of_a_compressed_hour_shows_in_the_aggregates_after_the_n
     await connection.close()
 
 
-async def test_who_owns_the_database_need_not_be_superuser(settings: Settings) -> None:
+async def test_who_owns_the_database_need_not_be_superuser_nor_own_all_in_it(settings: Settings) -> None:
     connection = await connected(settings)
     name = await connection.fetchval("SELECT current_database()")
     await connection.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'plain'; ALTER DATABASE {name} OWNER TO {name}")
     url = urlsplit(settings.database_url.get_secret_value())
     netloc = f"{name}:plain@{url.netloc.rpartition('@')[2]}"
     plain = SecretStr(url._replace(netloc=netloc).geturl())
+    await connection.execute("CREATE TABLE others (time int)")
+    await connection.execute(
+        "DO $$ BEGIN CREATE ROLE tapedeck_reader NOLOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$"
+    )
     await database.prepare(settings.model_copy(update={"database_url": plain}))
     assert (await schema(settings)).keys() >= TABLES
+    assert await connection.fetchval("SELECT col_description('others'::regclass, 1)") is None
+    may_read = "SELECT has_table_privilege('tapedeck_reader', $1, 'SELECT')"
+    assert [await connection.fetchval(may_read, table) for table in ("others", "crypto_trades")] == [False, True]
     await connection.execute(f"ALTER DATABASE {name} OWNER TO CURRENT_USER; REASSIGN OWNED BY {name} TO CURRENT_USER")
     await connection.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
     await connection.close()

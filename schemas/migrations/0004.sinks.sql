@@ -116,7 +116,11 @@ BEGIN
         SELECT c.oid::regclass AS name, c.relname, a.attname
         FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid
         WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r' AND a.attnum > 0 AND NOT a.attisdropped
-            AND c.relname NOT LIKE '%yoyo%' AND col_description(c.oid, a.attnum) IS NULL
+            AND c.relname IN (
+                'crypto_trades', 'crypto_quotes', 'crypto_aggregates', 'crypto_aggregates_history', 'vendor_bars',
+                'anomalies', 'gaps', 'dead_letters', 'quarantine', 'exchanges', 'sink_offsets', 'sink_dead_letters',
+                'sink_losses'
+            ) AND col_description(c.oid, a.attnum) IS NULL
     LOOP
         EXECUTE format(
             'COMMENT ON COLUMN %s.%I IS %L', found.name, found.attname,
