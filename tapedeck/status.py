@@ -59,8 +59,8 @@ class Size(msgspec.Struct):
 
 
 class Tables(msgspec.Struct):
-    """`gaps` are those still open, by reason. `minutes_with_gap` are 1m bars of the day before the newest gap that no
-    repair has replaced. `anomalies` is by kind, of the day before the newest one."""
+    """`gaps` are those still open, by reason, each once for all its partitions. `minutes_with_gap` are 1m bars of the
+    day before the newest gap that no repair has replaced. `anomalies` is by kind, of the day before the newest one."""
 
     newest: list[Newest]
     gaps: dict[str, int]
@@ -215,7 +215,9 @@ async def _tables(settings: Settings) -> Tables | None:
         for table, (ns, only) in NEWEST.items():
             for symbol, at in await db.fetch(_NEWEST.format(table=table, ns=ns, only=only)):
                 newest.append(Newest(table, symbol, at, round((now_ns - at) / 1e9, 3)))
-        gaps = await db.fetch("SELECT reason, count(DISTINCT (epoch, n)) FROM open_gaps GROUP BY 1 ORDER BY 1")
+        gaps = await db.fetch(
+            'SELECT reason, count(DISTINCT ("from", "to", streams, pairs)) FROM open_gaps GROUP BY 1 ORDER BY 1'
+        )
         recent = await db.fetch(
             'SELECT DISTINCT reason, "from", "to", streams, pairs FROM open_gaps WHERE reason <> \'start\' '
             'ORDER BY "to" DESC LIMIT 5'

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from conftest import Publish, Spawn
 from pydantic import SecretStr
 from test_sinks import ANOMALY, GAP, bar, free_port, quote, reaches, sinking, trade
@@ -35,11 +36,11 @@ async def test_it_tells_of_topics_tables_and_archive(
     await publish(topics.TRADES, 0, [trade(n) for n in range(5)] + [trade(9, symbol="ETH-USD"), b"no trade"])
     await publish(topics.QUOTES, 0, [quote(3)])
     await publish(topics.BARS_1M, 0, [bar(flags=["gap", "partial"])])
-    await publish(topics.GAPS, 0, [GAP])
+    await publish(topics.GAPS, 0, [GAP, msgspec.structs.replace(GAP, partition=4, n=9)])  # its number is each one's own
     await publish(topics.ANOMALIES, 0, [ANOMALY])
     async with sinking(settings):
         db = await database.open_connection(settings)
-        for table, records in {tables.TRADES: 7, tables.QUOTES: 1, tables.BARS: 1, tables.GAPS: 1}.items():
+        for table, records in {tables.TRADES: 7, tables.QUOTES: 1, tables.BARS: 1, tables.GAPS: 2}.items():
             await reaches(db, table, records)
         await reaches(db, tables.ANOMALIES, 1)
         await asyncio.sleep(1.5)  # the offsets that Kafka knows are shown once a second
