@@ -125,8 +125,9 @@ class Recomputation:
                 outputs = []
                 for entry in entries:
                     record = RAW.read(number, entry.timestamp_ms, entry.headers, entry.value, entry.offset)
+                    taken = state.taken
                     outputs += state.process(record)
-                    if isinstance(record, RawRecord):
+                    if isinstance(record, RawRecord) and state.taken != taken:
                         recv = max(recv, record.recv[-1][0])
                 yield outputs
                 if topics.BARS_1M.name in self._wanted:

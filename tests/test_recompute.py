@@ -50,8 +50,12 @@ def archive(settings: Settings, topic: topics.Topic, entries: Iterable[Entry]) -
 def archive_feed(settings: Settings, market: Iterable[Frame]) -> list[RawRecord]:
     """The raw log of it."""
     records = list(records_of(market, SlicerSettings(), ["XT", "XQ", "XA"], ["*"]))
-    archive(settings, topics.RAW, (Entry(r.partition, 0, r.timestamp_ms, None, r.headers(), r.value) for r in records))
+    archive_records(settings, records)
     return records
+
+
+def archive_records(settings: Settings, records: Iterable[RawRecord]) -> None:
+    archive(settings, topics.RAW, (Entry(r.partition, 0, r.timestamp_ms, None, r.headers(), r.value) for r in records))
 
 
 async def recomputed(settings: Settings, wanted: Iterable[topics.Topic], since: int, until: int) -> list[bytes]:
@@ -78,6 +82,19 @@ async def test_what_is_open_when_a_long_silence_begins_is_closed_as_it_was(setti
     expected = ended((output.value for _, output in outputs if output.topic == topics.BARS_1M.name), until)
     assert any(decode_bar(value).end == since + 3 * MINUTE_NS for value in expected)
     assert ended(found, until) == expected
+
+
+async def test_when_the_last_event_was_received_is_not_what_a_zombie_says(settings: Settings, tmp_path: Path) -> None:
+    """Rows received later are not taken for wrong."""
+    market = list(frames(tmp_path, BEGIN_MS, 10))
+    records = list(records_of(market, SlicerSettings(), ["XT"], ["*"]))
+    zombie = records[-1]._replace(n=0, recv=[(2**61, 1)])
+    archive_records(settings, [*records, zombie])
+    since = BEGIN_MS * NS_PER_MS
+    made = Recomputation(settings, PipelineSettings(), "archive", [topics.TRADES], since, since + MINUTE_NS)
+    async for _ in made.values(Progress(disable=True)):
+        pass
+    assert made.reach().taken[zombie.partition][2] <= market[-1].recv_ns
 
 
 async def test_history_from_long_before_the_recording_is_rolled_up(settings: Settings, tmp_path: Path) -> None:
