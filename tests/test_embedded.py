@@ -27,6 +27,7 @@ from tapedeck.embedded import (
     status,
     stop,
 )
+from tapedeck.embedded import ports as ports_
 from tapedeck.embedded.jars import locked_jars
 
 
@@ -237,3 +238,9 @@ def test_a_jar_with_the_wrong_checksum_is_refused_and_deleted(tmp_path: Path, mo
     with pytest.raises(EmbeddedError, match=f"{jar.path.name} .*sha256.* has been deleted"):
         ensure_jars()
     assert not jar.path.exists()
+
+
+def test_a_port_is_given_once_though_nobody_has_bound_it_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports_, "LISTENING", range(23_000, 23_100))
+    given = [port for _ in range(40) for port in ports_.free_ports(1)]
+    assert len(set(given)) == 40

@@ -10,6 +10,7 @@ from tapedeck.embedded.errors import EmbeddedError
 
 HOST = "127.0.0.1"
 LISTENING = range(12_000, 32_000)
+_given: set[int] = set()  # by this process, which may not have bound them yet
 
 
 def stored_ports(file: Path) -> dict[str, int] | None:
@@ -51,8 +52,9 @@ def _free_port(wanted: int, held: ExitStack) -> int:
         # As the services do: connections of the last run that linger in TIME_WAIT don't count.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            if port:
+            if port and (port == wanted or port not in _given):
                 listener.bind((HOST, port))
+                _given.add(port)
                 return port
         except OSError:
             continue
