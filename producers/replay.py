@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 import structlog
-from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -154,17 +153,8 @@ def _check(settings: Settings, prefix: str) -> None:
 async def _prepare(target: Settings) -> None:
     """Makes the topics; raises UsageError where they are not there for a replay alone."""
     await kafka.prepare(target)
-    places = [
-        TopicPartition(target.topic_prefix + topic.name, number)
-        for topic in topics.ARCHIVED
-        for number in range(topic.partitions)
-    ]
     try:
-        reader = await kafka.consumer(target, *places)
-        try:
-            ends = await reader.end_offsets(places)
-        finally:
-            await reader.stop()
+        ends = await kafka.ends(target, kafka.places_of(target, *topics.ARCHIVED))
     except KafkaError as error:
         raise TapedeckError(f"Kafka at {target.kafka_bootstrap_servers}: {error}") from error
     if held := sorted({place.topic for place, end in ends.items() if end}):

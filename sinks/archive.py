@@ -16,7 +16,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 
 from schemas import topics
-from sinks.assignment import Assignment
+from sinks.assignment import Assignment, member
 from sinks.merging import Hour, merge, mergeable
 from tapedeck import kafka, metrics
 from tapedeck.archive import Archive, Damaged, tables_of
@@ -77,18 +77,7 @@ class ArchiveSink:
     async def run(self) -> None:
         """Until cancelled, when it writes what it holds. Raises UsageError, KafkaError."""
         self._shell.health[NAME] = "no partitions yet"
-        worker = self._settings.worker_id or None
-        consumer = AIOKafkaConsumer(
-            **self._settings.kafka_options(),
-            group_id=f"{self._settings.topic_prefix}tapedeck-sink-{NAME}",
-            group_instance_id=worker and f"{worker}-{NAME}",
-            enable_auto_commit=False,
-            auto_offset_reset="none",
-            session_timeout_ms=6_000,
-            heartbeat_interval_ms=1_000,
-            fetch_max_wait_ms=READ_MS,
-            max_partition_fetch_bytes=FETCH_BYTES,
-        )
+        consumer = member(self._settings, NAME, READ_MS, FETCH_BYTES)
         try:
             with contextlib.suppress(StorageAway):
                 await self._store(self._archive.sweep, time.time())

@@ -17,7 +17,7 @@ from aiokafka.errors import (
 )
 
 from sinks import writer
-from sinks.assignment import Assignment
+from sinks.assignment import Assignment, member
 from sinks.tables import ALL, Table
 from tapedeck import database, kafka, metrics
 from tapedeck.errors import TapedeckError, UsageError
@@ -32,6 +32,7 @@ IDLE_MS = 100
 GATHER_MS = 5  # how long a record may wait for others when the database is idle again
 MOST_BYTES = 16 * 1024**2  # of a batch, give or take what one read brings
 SLOW_S = 5.0
+FETCH_MS = 50
 STOP_S = 0.5  # for leaving the group; a broker that is away or rebalances would take much longer
 SHOW_S = 1.0
 STALL_S = 30.0  # aiokafka's fetching has ended in silence (its issue 983): look whether nothing came for nothing
@@ -69,18 +70,8 @@ class Sink:
     async def run(self) -> None:
         """Until cancelled, which drops the batch in hand. Raises TapedeckError, UsageError, KafkaError."""
         self._shell.health[self._table.name] = "no partitions yet"
-        worker = self._settings.worker_id or None
-        consumer = AIOKafkaConsumer(
-            **self._settings.kafka_options(),
-            group_id=f"{self._settings.topic_prefix}tapedeck-sink-{self._table.name}",
-            group_instance_id=worker and f"{worker}-{self._table.name}",
-            enable_auto_commit=False,
-            auto_offset_reset="none",
-            session_timeout_ms=6_000,  # how long a killed sink's partitions wait; brokers allow no less
-            heartbeat_interval_ms=1_000,  # and how long the others may not know of a rebalance
-            fetch_max_wait_ms=50,
-            max_partition_fetch_bytes=max(topic.max_message_bytes for topic in self._table.topics),
-        )
+        largest = max(topic.max_message_bytes for topic in self._table.topics)
+        consumer = member(self._settings, self._table.name, FETCH_MS, largest)
         try:
             await consumer.start()
             consumer.subscribe(self._topics, listener=self._assignment)

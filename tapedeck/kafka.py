@@ -189,6 +189,15 @@ async def consumer(settings: Settings, *partitions: TopicPartition, group: str |
     return reader
 
 
+def places_of(settings: Settings, *wanted: topics.Topic) -> list[TopicPartition]:
+    """Every partition of these topics."""
+    return [
+        TopicPartition(settings.topic_prefix + topic.name, number)
+        for topic in wanted
+        for number in range(topic.partitions)
+    ]
+
+
 async def ends(settings: Settings, places: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
     """The offset behind the last record of each place. Raises KafkaError."""
     reader = await consumer(settings)

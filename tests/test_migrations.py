@@ -232,7 +232,7 @@ async def test_what_people_ask_for_has_an_index_that_also_sorts(settings: Settin
 async def timescale(settings: Settings) -> AsyncIterator[asyncpg.Connection]:
     """A connection to the test's empty database on a server with TimescaleDB."""
     connection = await connected(settings)
-    if await connection.fetchval("SELECT current_setting('timescaledb.disable_load', true)") is None:
+    if await connection.fetchval(storage.LOADED) is None:
         await connection.close()
         pytest.skip("this PostgreSQL has no TimescaleDB")
     yield connection

@@ -782,7 +782,7 @@ class Watched(AIOKafkaConsumer):  # type: ignore[misc]
 async def test_a_consumer_that_died_in_silence_is_noticed(
     settings: Settings, publish: Publish, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "AIOKafkaConsumer", Watched)
+    monkeypatch.setattr(assignment, "AIOKafkaConsumer", Watched)
     monkeypatch.setattr(service, "STALL_S", 0.5)
     task = asyncio.create_task(service.run(Shell(settings, "sink"), "trades"))
     await publish(topics.TRADES, 4, [trade(0)])
@@ -800,7 +800,7 @@ async def test_a_sink_with_no_partitions_to_read_stays_ready(
     settings: Settings, publish: Publish, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """aiokafka puts out of the group who has not asked for records for five minutes: here, for half a second."""
-    monkeypatch.setattr(service, "AIOKafkaConsumer", partial(AIOKafkaConsumer, max_poll_interval_ms=500))
+    monkeypatch.setattr(assignment, "AIOKafkaConsumer", partial(AIOKafkaConsumer, max_poll_interval_ms=500))
     async with contextlib.AsyncExitStack() as others:
         await asyncio.gather(
             *(others.enter_async_context(sinking(settings, "trades")) for _ in range(topics.PARTITIONS))

@@ -35,7 +35,7 @@ from tapedeck import embedded, kafka, logs
 from tapedeck.demo import view
 from tapedeck.demo.children import Child, Spec
 from tapedeck.demo.reconcile import STREAMS, Reconciler, Report, Tables
-from tapedeck.demo.watch import Watch, end_offsets, healthy, scrape
+from tapedeck.demo.watch import Watch, healthy, scrape
 from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.settings import Settings
 
@@ -352,7 +352,7 @@ class Demo:
                 await asyncio.sleep(0.1)
 
     async def _processed(self) -> None:
-        ends = await end_offsets(self._settings, (topics.RAW,))
+        ends = await kafka.ends(self._settings, kafka.places_of(self._settings, topics.RAW))
         admin = AIOKafkaAdminClient(**self._settings.kafka_options())
         await admin.start()
         try:
@@ -366,8 +366,8 @@ class Demo:
             await admin.close()
 
     async def _stored(self) -> None:
-        outputs = (topics.TRADES, topics.QUOTES, topics.VENDOR_BARS, topics.BARS_1M)
-        ends = await end_offsets(self._settings, outputs)
+        outputs = kafka.places_of(self._settings, topics.TRADES, topics.QUOTES, topics.VENDOR_BARS, topics.BARS_1M)
+        ends = await kafka.ends(self._settings, outputs)
         connection = await self._connect()
         try:
             while True:

@@ -12,6 +12,7 @@ from aiokafka.errors import KafkaError
 from prometheus_client.parser import text_string_to_metric_families
 
 from schemas import events, topics
+from tapedeck import kafka
 from tapedeck.settings import Settings
 
 READ = (
@@ -59,9 +60,7 @@ class Watch:
 
     async def run(self) -> None:
         """Reads until cancelled; troubles of Kafka are waited out."""
-        places = [
-            TopicPartition(self._prefix + topic.name, number) for topic in READ for number in range(topics.PARTITIONS)
-        ]
+        places = kafka.places_of(self._settings, *READ)
         while True:
             consumer = AIOKafkaConsumer(
                 **self._settings.kafka_options(),
@@ -135,29 +134,13 @@ class Watch:
 
     async def caught_up(self) -> None:
         """Waits until everything that the read topics hold now was seen; raises KafkaError."""
-        ends = await end_offsets(self._settings, READ)
+        ends = await kafka.ends(self._settings, kafka.places_of(self._settings, *READ))
         while any(self._positions.get(place, 0) < end for place, end in ends.items()):
             await asyncio.sleep(0.01)
 
 
 _decode_trade = msgspec.json.Decoder(_Trade).decode
 _decode_quote = msgspec.json.Decoder(_Quote).decode
-
-
-async def end_offsets(settings: Settings, wanted: tuple[topics.Topic, ...]) -> dict[TopicPartition, int]:
-    """The end of every partition of these topics."""
-    places = [
-        TopicPartition(settings.topic_prefix + topic.name, number)
-        for topic in wanted
-        for number in range(topics.PARTITIONS)
-    ]
-    consumer = AIOKafkaConsumer(**settings.kafka_options())
-    await consumer.start()
-    try:
-        ends: dict[TopicPartition, int] = await consumer.end_offsets(places)
-        return ends
-    finally:
-        await consumer.stop()
 
 
 async def healthy(http: aiohttp.ClientSession, port: int) -> bool:
