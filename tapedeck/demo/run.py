@@ -352,16 +352,19 @@ class Demo:
                 await asyncio.sleep(0.1)
 
     async def _processed(self) -> None:
-        ends = await kafka.ends(self._settings, kafka.places_of(self._settings, topics.RAW))
+        """Waits until the worker has done with the raw topics, and then with what its first stage made of them for
+        its second: an orderly stop leaves what is still to be read to the next worker."""
+        group = f"{self._settings.topic_prefix}tapedeck-processor"
         admin = AIOKafkaAdminClient(**self._settings.kafka_options())
         await admin.start()
         try:
-            while True:
-                group = f"{self._settings.topic_prefix}tapedeck-processor"
-                done = await admin.list_consumer_group_offsets(group, partitions=list(ends))
-                if all(done[place].offset >= end for place, end in ends.items() if end):
-                    return
-                await asyncio.sleep(0.05)
+            for stage in (topics.RAW, topics.BARS_1M):
+                ends = await kafka.ends(self._settings, kafka.places_of(self._settings, stage))
+                while True:
+                    done = await admin.list_consumer_group_offsets(group, partitions=list(ends))
+                    if all(done[place].offset >= end for place, end in ends.items() if end):
+                        break
+                    await asyncio.sleep(0.05)
         finally:
             await admin.close()
 
