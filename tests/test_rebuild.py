@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -54,7 +54,8 @@ class Tape:
         """What `tapedeck rebuild` found: how many of each difference in each table. What it cannot tell is told."""
         out = self.folder / "differences.ndjson"
         settings = self.settings.model_copy(update=others)
-        since, until = (round(time.timestamp() * 10**9) for time in (self.begin - timedelta(hours=1), self.end))
+        day = self.begin.replace(hour=0, minute=0, second=0)  # longer bars must lie whole in the stretch
+        since, until = (round(time.timestamp() * 10**9) for time in (day, self.end))
         code = await _rebuild(settings, kind, since, until, source, not apply, out)
         found: Found = {}
         for text in out.read_text().splitlines():
