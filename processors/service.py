@@ -36,6 +36,7 @@ log = structlog.get_logger()
 
 PENDING_OUTPUTS = 20_000  # outputs not yet acknowledged, past which reading waits
 LINGER_S = 0.004  # rounds of a few records cost as much as rounds of a thousand
+FETCH_BYTES = 256 * 1024  # of a partition at a time, packed; a larger record comes alone. All of it is unpacked at once
 WAITING_RECORDS = 1_000  # records of a partition that is being rebuilt, past which it is not read on
 STALLED_S = 60.0
 
@@ -303,7 +304,7 @@ def faust_app(settings: Settings) -> faust.App:
         topic_disable_leader=True,
         consumer_auto_offset_reset="earliest",
         consumer_group_instance_id=settings.worker_id,
-        consumer_max_fetch_size=topics.MAX_RECORD_BYTES,
+        consumer_max_fetch_size=FETCH_BYTES,
         broker_session_timeout=10.0,
         broker_heartbeat_interval=2.0,
         broker_commit_interval=0.5,
