@@ -23,7 +23,7 @@ from tapedeck.archive import Archive, Damaged, tables_of
 from tapedeck.errors import UsageError
 from tapedeck.history import Entry
 from tapedeck.shell import Shell
-from tapedeck.spans import Span, hour_of
+from tapedeck.spans import HOUR_MS, Part, Span, hour_of
 
 log = structlog.get_logger()
 
@@ -56,6 +56,11 @@ def cut(place: TopicPartition, position: int, entries: Sequence[Entry]) -> Itera
         yield span, held
 
 
+def entry_of(record: Any) -> Entry:
+    """A record as Kafka's client gives it."""
+    return Entry(record.partition, record.offset, record.timestamp, record.key, list(record.headers), record.value)
+
+
 class ArchiveSink:
     """Holds records until there are enough of them for a file, or the oldest has waited long enough."""
 
@@ -67,6 +72,7 @@ class ArchiveSink:
         self._positioned: set[TopicPartition] | None = None  # the assignment that all below is for
         self._positions: dict[TopicPartition, int] = {}
         self._hours: dict[TopicPartition, int] = {}  # the newest that has a file
+        self._known: set[TopicPartition] = set()  # to hold Kafka's own records
         self._held: dict[TopicPartition, list[Entry]] = {}
         self._bytes = 0
         self._due = 0.0  # when what is held has waited long enough
@@ -132,9 +138,10 @@ class ArchiveSink:
         begins, ends = await consumer.beginning_offsets(places), await consumer.end_offsets(places)
         positions = dict.fromkeys(places, 0)
         hours: dict[TopicPartition, int] = {}
-        for span in spans:
+        last: dict[TopicPartition, Span] = {}
+        for span in sorted(spans, key=lambda span: span.end):
             place = TopicPartition(span.topic, span.partition)
-            positions[place] = max(positions[place], span.end)
+            positions[place], last[place] = span.end, span
             hours[place] = max(hours.get(place, span.hour), span.hour)
         for place, at in positions.items():
             if at > ends[place]:
@@ -142,6 +149,8 @@ class ArchiveSink:
                     f"the archive holds {place.topic}[{place.partition}] up to offset {at}, and Kafka's ends at "
                     f"{ends[place]}: it belongs to another Kafka (or its log was lost). Set another ARCHIVE_URL"
                 )
+        await self._compare(last, begins, ends)
+        for place, at in positions.items():
             if at < begins[place]:
                 metrics.SINK_LOST.labels(NAME).inc(begins[place] - at)
                 log.error(
@@ -163,12 +172,37 @@ class ArchiveSink:
         if not (self._shell.health[NAME] or "").startswith(STORAGE):  # that is over when something was written
             self._shell.health[NAME] = None
 
+    async def _compare(
+        self, last: dict[TopicPartition, Span], begins: dict[TopicPartition, int], ends: dict[TopicPartition, int]
+    ) -> None:
+        """Raises UsageError where the archive's last record is not the one that Kafka has under its offset: a log that
+        began anew and has grown past the archive would go on from the middle. Where retention took that record, the
+        next that there is must not be older than the skew that both topics allow. Once for each place."""
+        offsets = {place: max(span.end - 1, begins[place]) for place, span in last.items()}
+        asked = {place: at for place, at in offsets.items() if place not in self._known and at < ends[place]}
+        if not asked:
+            return
+        for place, record in (await kafka.records_at(self._settings, asked)).items():
+            try:
+                ours, theirs = await self._store(self._last, last[place]), entry_of(record)
+            except Damaged as error:
+                log.error("the archive cannot be compared with Kafka", error=str(error))
+                continue
+            if theirs != ours if theirs.offset == ours.offset else theirs.timestamp_ms < ours.timestamp_ms - HOUR_MS:
+                raise UsageError(
+                    f"{place.topic}[{place.partition}] has another record at offset {theirs.offset} than the archive: "
+                    "Kafka or the topic began anew, and the archive holds the log before. Set another ARCHIVE_URL"
+                )
+        self._known |= asked.keys()
+
+    def _last(self, span: Span) -> Entry:
+        (entry,) = next(self._archive.entries(Part(span, span.end - 1, span.end)))
+        return entry
+
     def _hold(self, place: TopicPartition, records: Sequence[Any]) -> None:
         if not self._held:
             self._due = time.monotonic() + self._settings.archive_seconds
-        self._held.setdefault(place, []).extend(
-            Entry(r.partition, r.offset, r.timestamp, r.key, list(r.headers), r.value) for r in records
-        )
+        self._held.setdefault(place, []).extend(map(entry_of, records))
         self._bytes += sum(len(record.value or b"") + 200 for record in records)
 
     async def _write(self) -> None:

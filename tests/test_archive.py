@@ -20,6 +20,7 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from conftest import Process, Spawn, until
 from pydantic import SecretStr
 from test_processor import disturbed
+from test_sinks import sinking
 
 from bench.market import write_frames
 from processors.compute import FILES, compute
@@ -30,12 +31,14 @@ from producers.slicer import SlicerSettings
 from schemas import rest, topics
 from schemas.frames import read_frames
 from schemas.raw import RawRecord, record_of
+from sinks import service
 from sinks.merging import Hour, merge, mergeable
 from tapedeck import kafka as clients
 from tapedeck.archive import Archive, table_of
 from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.history import Entry, Source, open_history
 from tapedeck.settings import Settings
+from tapedeck.shell import Shell
 from tapedeck.spans import HOUR_MS, Span
 
 MINUTE_MS = 60_000
@@ -104,6 +107,14 @@ async def read(settings: Settings, source: Source, topic: topics.Topic = topics.
             async for some in log.batches(log.begin, log.end):
                 entries += some
     return entries
+
+
+async def deleted(settings: Settings, place: TopicPartition, before: int) -> None:
+    """Retention took the records before an offset."""
+    admin = AIOKafkaAdminClient(**settings.kafka_options())
+    await admin.start()
+    await admin.delete_records({place: RecordsToDelete(before_offset=before)})
+    await admin.close()
 
 
 async def archived(settings: Settings, *sinks: Process) -> None:
@@ -305,10 +316,7 @@ async def test_what_retention_took_is_a_hole_that_is_said(
     await archived(settings, sink)
     await stopped(sink)
     await send(settings, publisher, mine[300:])
-    admin = AIOKafkaAdminClient(**settings.kafka_options())
-    await admin.start()
-    await admin.delete_records({place: RecordsToDelete(before_offset=350)})
-    await admin.close()
+    await deleted(settings, place, 350)
     sink = spawn("sink", "archive")
     await archived(settings, sink)
     await stopped(sink)
@@ -322,6 +330,33 @@ async def test_what_retention_took_is_a_hole_that_is_said(
     want = Wanted(mine[200].timestamp_ms, mine[-1].timestamp_ms, NO_SYMBOLS, math.inf)
     with pytest.raises(TapedeckError, match="no records 300 to 349"):
         await replay(settings, "archive", f"{settings.topic_prefix}again.", want)
+
+
+@pytest.mark.parametrize(
+    ("shift_ms", "begin", "refused"),
+    [(0, 0, False), (1, 0, True), (1, 15, False), (-HOUR_MS - 1_000, 15, True)],
+    ids=["the same", "another", "retention took it", "retention took it and time goes back"],
+)
+async def test_a_log_that_began_anew_and_has_grown_past_the_archive_is_refused(
+    settings: Settings, publisher: clients.Publisher, shift_ms: int, begin: int, refused: bool
+) -> None:
+    records = [entry._replace(timestamp_ms=2 * HOUR_MS + entry.offset) for entry in made(0, 20)]
+    topic = settings.topic_prefix + topics.RAW.name
+    archive = Archive(settings)
+    archive.put(Span(0, 10, 2, topic, 3), [table_of(records[:10])])
+    await publisher.publish(
+        clients.Message(topic, 3, e.key, e.value, e.timestamp_ms + shift_ms, e.headers)  # type: ignore[arg-type]
+        for e in records
+    )
+    await deleted(settings, TopicPartition(topic, 3), begin)
+    async with asyncio.timeout(60):
+        if refused:
+            with pytest.raises(UsageError, match=r"\[3\] has another record at offset .* began anew.*ARCHIVE_URL"):
+                await service.run(Shell(settings, "sink"), "archive")
+        else:
+            async with sinking(settings, "archive"):
+                await archived(settings)
+    assert (len(archive.spans(topic)) == 1) == refused
 
 
 class Dying(Archive):
@@ -397,10 +432,7 @@ async def test_who_reads_what_retention_just_took_is_told_so(
 ) -> None:
     place = TopicPartition(settings.topic_prefix + topics.RAW.name, 3)
     await publisher.publish(clients.Message(*place, None, b"%d" % n, n, []) for n in range(10))
-    admin = AIOKafkaAdminClient(**settings.kafka_options())
-    await admin.start()
     async with open_history(settings, "kafka", topics.RAW, 3) as log:
-        await admin.delete_records({place: RecordsToDelete(before_offset=10 - left)})
+        await deleted(settings, place, 10 - left)
         with pytest.raises(TapedeckError, match=rf"\[3\] lost records 2 to {9 - left} to retention"):
             await anext(log.batches(2, log.end))
-    await admin.close()
