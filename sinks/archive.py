@@ -73,6 +73,7 @@ class ArchiveSink:
         self._positions: dict[TopicPartition, int] = {}
         self._hours: dict[TopicPartition, int] = {}  # the newest that has a file
         self._known: set[TopicPartition] = set()  # to hold Kafka's own records
+        self._lost: dict[TopicPartition, int] = {}  # up to where that is said
         self._held: dict[TopicPartition, list[Entry]] = {}
         self._bytes = 0
         self._due = 0.0  # when what is held has waited long enough
@@ -152,12 +153,7 @@ class ArchiveSink:
         await self._compare(last, begins, ends)
         for place, at in positions.items():
             if at < begins[place]:
-                metrics.SINK_LOST.labels(NAME).inc(begins[place] - at)
-                log.error(
-                    "the log was overtaken by retention: the archive has a hole",
-                    place=f"{place.topic}[{place.partition}]",
-                    lost=[at, begins[place]],
-                )
+                self._lose(place, at, begins[place])
                 positions[place] = begins[place]
         if places is not self._assignment.places:
             return  # it changed meanwhile
@@ -198,6 +194,17 @@ class ArchiveSink:
     def _last(self, span: Span) -> Entry:
         (entry,) = next(self._archive.entries(Part(span, span.end - 1, span.end)))
         return entry
+
+    def _lose(self, place: TopicPartition, at: int, begin: int) -> None:
+        """Tells of it once, though it is met at each assignment until a file lies behind it."""
+        since, self._lost[place] = max(at, self._lost.get(place, 0)), begin
+        if since < begin:
+            metrics.SINK_LOST.labels(NAME).inc(begin - since)
+            log.error(
+                "the log was overtaken by retention: the archive has a hole",
+                place=f"{place.topic}[{place.partition}]",
+                lost=[since, begin],
+            )
 
     def _hold(self, place: TopicPartition, records: Sequence[Any]) -> None:
         if not self._held:

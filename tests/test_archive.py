@@ -32,8 +32,10 @@ from schemas import rest, topics
 from schemas.frames import read_frames
 from schemas.raw import RawRecord, record_of
 from sinks import service
+from sinks.assignment import Assignment, member
 from sinks.merging import Hour, merge, mergeable
 from tapedeck import kafka as clients
+from tapedeck import metrics
 from tapedeck.archive import Archive, table_of
 from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.history import Entry, Source, open_history
@@ -357,6 +359,34 @@ async def test_a_log_that_began_anew_and_has_grown_past_the_archive_is_refused(
             async with sinking(settings, "archive"):
                 await archived(settings)
     assert (len(archive.spans(topic)) == 1) == refused
+
+
+async def test_a_loss_is_told_once_however_often_the_group_rebalances(
+    settings: Settings, publisher: clients.Publisher
+) -> None:
+    place = TopicPartition(settings.topic_prefix + topics.RAW.name, 3)
+    await publisher.publish(clients.Message(*place, None, b"%d" % n, n, []) for n in range(30))
+    await deleted(settings, place, 10)
+    lost = metrics.SINK_LOST.labels("archive")
+    before = lost._value.get()
+    async with sinking(settings.model_copy(update={"archive_seconds": 3600.0}), "archive"):
+        for begin in (10, 20, 30):
+            await deleted(settings, place, begin)
+            other = member(settings, "archive", 200, 1_000)
+            await other.start()
+            other.subscribe([place.topic], listener=(joined := Assignment()))
+
+            async def given(joined: Assignment = joined) -> bool:
+                return joined.places is not None
+
+            await until(given, 60)
+            await other.stop()
+
+            async def counted(begin: int = begin) -> bool:
+                return bool(lost._value.get() - before >= begin)
+
+            await until(counted, 60)
+            assert lost._value.get() - before == begin
 
 
 class Dying(Archive):
