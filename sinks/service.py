@@ -19,7 +19,7 @@ from aiokafka.errors import (
 from sinks import writer
 from sinks.assignment import Assignment, member
 from sinks.tables import ALL, Table
-from tapedeck import database, kafka, metrics
+from tapedeck import database, kafka, metrics, topicids
 from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.settings import Settings
 from tapedeck.shell import Shell
@@ -129,6 +129,12 @@ class Sink:
             self._connection = await database.open_connection(self._settings)
             await writer.stage(self._connection, self._table)
         positions = await writer.offsets(self._connection, self._table, places)
+        ids = await topicids.ids_of(self._settings, self._topics)
+        for place, at in (await writer.foreign(self._connection, self._table, ids)).items():
+            raise UsageError(
+                f"{self._table.name} stands at offset {at} of a {place.topic}[{place.partition}] that is no more: "
+                "Kafka or the topic began anew, and this database belongs to the one before"
+            )
         begins, ends = await consumer.beginning_offsets(places), await consumer.end_offsets(places)
         for place in places:
             at = positions[place]

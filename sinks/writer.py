@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import asyncpg
 from aiokafka import TopicPartition
@@ -53,6 +54,27 @@ async def offsets(
     )
     held = {TopicPartition(row["topic"], row["partition"]): row["next_offset"] for row in found}
     return {place: held[place] for place in wanted}
+
+
+async def foreign(connection: asyncpg.Connection, table: Table, ids: Mapping[str, UUID]) -> dict[TopicPartition, int]:
+    """The places, with their offsets, that were read in another topic of the same name. Notes the `ids`, by name, where
+    none is noted or nothing was read yet."""
+    names, found = list(ids), list(ids.values())
+    await connection.execute(
+        "UPDATE sink_offsets AS o SET topic_id = i.id FROM unnest($2::text[], $3::uuid[]) AS i(topic, id) "
+        "WHERE o.sink = $1 AND o.topic = i.topic AND (o.topic_id IS NULL OR o.next_offset = 0 AND o.topic_id <> i.id)",
+        table.name,
+        names,
+        found,
+    )
+    rows = await connection.fetch(
+        "SELECT o.topic, o.partition, o.next_offset FROM sink_offsets AS o "
+        "JOIN unnest($2::text[], $3::uuid[]) AS i(topic, id) USING (topic) WHERE o.sink = $1 AND o.topic_id <> i.id",
+        table.name,
+        names,
+        found,
+    )
+    return {TopicPartition(row["topic"], row["partition"]): row["next_offset"] for row in rows}
 
 
 async def stage(connection: asyncpg.Connection, table: Table) -> None:

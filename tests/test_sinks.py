@@ -31,7 +31,7 @@ from pydantic import SecretStr
 from schemas import events, topics
 from schemas.events import MINUTE_NS, NS_PER_MS
 from sinks import assignment, service, tables, writer
-from tapedeck import database
+from tapedeck import database, kafka
 from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.settings import Settings
 from tapedeck.shell import Shell
@@ -748,6 +748,30 @@ async def test_a_database_ahead_of_the_log_is_refused(
     await db.execute("INSERT INTO sink_offsets VALUES ('crypto_trades', $1, 2, 7)", topic)
     with pytest.raises(UsageError, match=rf"crypto_trades stands at offset 7 of {topic}\[2\], which ends at 1.*Kafka"):
         await asyncio.wait_for(service.run(Shell(settings, "sink"), "trades"), 10)
+
+
+async def test_a_topic_made_again_is_refused_though_it_is_longer_than_the_one_before(
+    settings: Settings, publish: Publish, db: asyncpg.Connection
+) -> None:
+    await publish(topics.TRADES, 2, [trade(0)])
+    for _ in range(2):  # the second finds what the first has noted
+        async with sinking(settings, "trades"):
+            await reaches(db, tables.TRADES, 1)
+    topic = settings.topic_prefix + topics.TRADES.name
+    admin = AIOKafkaAdminClient(**settings.kafka_options())
+    await admin.start()
+    await admin.delete_topics([topic])
+
+    async def gone() -> bool:
+        return topic not in await admin.list_topics()
+
+    await until(gone, 60)
+    await admin.close()
+    await kafka.prepare(settings)
+    await publish(topics.TRADES, 2, [trade(n) for n in range(5, 9)])
+    with pytest.raises(UsageError, match=rf"stands at offset 1 of a {topic}\[2\] that is no more"):
+        await asyncio.wait_for(service.run(Shell(settings, "sink"), "trades"), 60)
+    assert await places(db, tables.TRADES) == {(0, 0)}
 
 
 async def test_what_retention_took_is_passed_over_and_noted(
