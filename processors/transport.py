@@ -10,6 +10,7 @@ to Faust as gaps of the log, so that acknowledging that one acknowledges them al
 """
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any, ClassVar
@@ -42,6 +43,7 @@ class _Consumer(aiokafka.Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.held: set[TP] = set()
+        self._gap: defaultdict[TP, list[tuple[int, int]]] = defaultdict(list)  # Faust's is a tree of intervals
 
     def _new_consumer_thread(self) -> Any:
         return _Thread(self, loop=self.loop, beacon=self.beacon)
@@ -54,9 +56,28 @@ class _Consumer(aiokafka.Consumer):
         return await super()._getmany(wanted, timeout)
 
     async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
-        """`offset_to` is that of the record behind the gap. Faust counts it in, so that it is acknowledged twice; and a
-        commit goes only as far as an offset that stands in the list twice: by one bundle in half a second."""
-        await super()._add_gap(tp, offset_from, offset_to - 1)
+        """`offset_to` is that of the record behind the gap."""
+        self._gap[tp].append((offset_from, offset_to))
+
+    def _new_offset(self, tp: TP) -> int | None:
+        """How far a commit may go: over what is acknowledged and the gaps before it, up to a hole. As Faust's own, that
+        would list each offset of the gaps: tens of millions, after a log that retention overtook."""
+        acked, gaps, committed = self._acked[tp], self._gap[tp], self._committed_offset[tp]
+        newest = max(acked, default=-1)
+        told = ((begin, end) for begin, end in gaps if begin < newest)
+        spans = sorted([*told, *((offset, offset + 1) for offset in acked)])
+        # Faust tells of no gap at the first offset that it was to read.
+        if not acked or (committed and spans[0][0] > committed + 1):
+            return None
+        reached = spans[0][0]
+        for begin, end in spans:
+            if begin > reached:
+                break
+            reached = max(reached, end)
+        acked[:] = [offset for offset in acked if offset >= reached]
+        self._acked_index[tp] = set(acked)
+        gaps[:] = [gap for gap in gaps if gap[1] > reached]
+        return reached
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, Any]]:
         """As Faust's own, but for the bundles: partition after partition in turn, until a rebalance begins."""

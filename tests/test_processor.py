@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+import tracemalloc
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
@@ -17,10 +18,13 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from conftest import Process, Servers, Spawn, until
+from faust.transport.drivers import aiokafka
+from faust.types import TP
 
 from bench.market import write_frames
 from processors.compute import FILES, compute
 from processors.rollups import BarRecord, Rollups
+from processors.service import faust_app
 from processors.settings import PipelineSettings
 from processors.stages import ALL
 from producers.offline import records_of
@@ -390,6 +394,48 @@ async def test_a_log_that_was_overtaken_by_retention_is_a_gap_and_its_bars_are_p
     assert first
     assert all({"partial", "gap"} <= set(bar["flags"]) for bar in first)
     assert any(bar["flags"] == [] for bar in bars)
+
+
+async def test_a_commit_goes_as_far_as_fausts_own_without_listing_the_offsets_that_retention_took(
+    settings: Settings,
+) -> None:
+    rng = random.Random(7)
+    ours, fausts = faust_app(settings), faust_app(settings)
+    fausts.transport = aiokafka.Transport(fausts.conf.broker_consumer, fausts)
+    consumers: list[Any] = [ours.consumer, fausts.consumer]
+    for committed in (None, *range(2, 200)):
+        place, offset, flying, reached = TP("raw", committed or 0), committed or 0, [], []
+        for consumer in consumers:
+            consumer._committed_offset[place] = committed
+        for _ in range(30):
+            first = offset + rng.choice((0, 0, 0, 5))
+            last = first + rng.randrange(4)
+            for number, consumer in enumerate(consumers):
+                if last > offset:
+                    await consumer._add_gap(place, offset + (offset == committed), last - number)
+            offset = last + 1
+            flying.append(last)
+            for acked in [flying.pop(0) for _ in range(rng.randrange(len(flying)))]:
+                if rng.random() < 0.01:
+                    continue  # it was dropped: nothing behind it may be committed
+                for consumer in consumers:
+                    consumer._acked[place].append(acked)
+                    consumer._acked_index[place].add(acked)
+            new, other = (consumer._new_offset(place) for consumer in consumers)
+            assert new == other
+            for consumer in consumers:
+                consumer._committed_offset[place] = new or consumer._committed_offset[place]
+            reached.append(new)
+        assert any(reached)
+
+    place, far = TP("raw", 1_000), 10_000_000
+    ours.consumer._committed_offset[place] = 7
+    await ours.consumer._add_gap(place, 8, far)
+    ours.consumer._acked[place].append(far)
+    tracemalloc.start()
+    assert ours.consumer._new_offset(place) == far + 1
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
 
 
 async def _delete_all(settings: Settings) -> None:
