@@ -98,10 +98,16 @@ async def open_connection(settings: Settings) -> asyncpg.Connection:
 
 
 async def prepare(settings: Settings) -> None:
-    """Waits for PostgreSQL and migrates it to the newest schema; raises UsageError, TapedeckError."""
+    """Waits for PostgreSQL and migrates it to the newest schema, which takes a user that may only where there is
+    something to migrate; raises UsageError, TapedeckError."""
     connection = await connect(settings)
     try:
         await _migrate(connection, settings)
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise UsageError(
+            f"PostgreSQL at {where(settings)} lacks tables of this version, and this user may not make them "
+            f"(DATABASE_URL): run it, or a sink, once with a user that may. {error}"
+        ) from error
     except (*AWAY, asyncpg.PostgresError, psycopg.Error) as error:
         raise TapedeckError(f"PostgreSQL at {where(settings)} cannot be migrated: {error!r}") from error
     finally:
@@ -113,8 +119,17 @@ async def _migrate(connection: asyncpg.Connection, settings: Settings) -> None:
     if not await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK):
         log.info("another process migrates the database, waiting for it")
         await connection.execute("SELECT pg_advisory_lock($1)", LOCK, timeout=storage.MIGRATION_S)
-    await asyncio.to_thread(_apply, settings.database_url.get_secret_value())
+    if await _lacking(connection):
+        await asyncio.to_thread(_apply, settings.database_url.get_secret_value())
     await storage.apply(connection, settings)
+
+
+async def _lacking(connection: asyncpg.Connection) -> set[str]:
+    """The migrations that it has not had: looking at yoyo's table takes no right to write, yoyo's own look does."""
+    applied = set()
+    if await connection.fetchval("SELECT to_regclass('_yoyo_migration')") is not None:
+        applied = {row[0] for row in await connection.fetch("SELECT migration_id FROM _yoyo_migration")}
+    return {file.stem for file in MIGRATIONS.glob("*.sql")} - applied
 
 
 def _apply(url: str) -> None:

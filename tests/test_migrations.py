@@ -21,8 +21,10 @@ import pytest
 from conftest import until
 from pydantic import SecretStr
 
+from schemas.events import MINUTE_NS
+from sinks import mend
 from tapedeck import database, status, storage
-from tapedeck.errors import TapedeckError
+from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.settings import Settings
 
 PLAIN = {
@@ -174,6 +176,35 @@ async def test_one_role_writes_and_one_only_reads(settings: Settings) -> None:
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await connection.execute(change)
     await connection.close()
+
+
+async def test_who_may_only_read_verifies_and_asks_for_the_status_and_is_told_when_the_schema_is_old(
+    settings: Settings,
+) -> None:
+    await database.prepare(settings)
+    connection = await connected(settings)
+    name = await connection.fetchval("SELECT current_database()")
+    await connection.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'plain' IN ROLE tapedeck_reader")
+    url = urlsplit(settings.database_url.get_secret_value())
+    netloc = f"{name}:plain@{url.netloc.rpartition('@')[2]}"
+    reader = settings.model_copy(update={"database_url": SecretStr(url._replace(netloc=netloc).geturl())})
+    try:
+        assert await status._tables(reader) is not None
+        for kind in mend.TARGETS:
+            async with mend.mending(reader, kind, 0, MINUTE_NS) as tables:
+                assert await tables.compare(nothing_read, apply=False, listed=None) == {}
+        await connection.execute(
+            "DELETE FROM _yoyo_migration WHERE migration_id = (SELECT max(migration_id) FROM _yoyo_migration)"
+        )
+        with pytest.raises(UsageError, match="lacks tables of this version, and this user may not make them"):
+            await database.prepare(reader)
+    finally:
+        await connection.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+        await connection.close()
+
+
+async def nothing_read() -> mend.Bounds:
+    return mend.Bounds(0, MINUTE_NS, 0, 0, False, False, "", {})
 
 
 async def test_roles_that_come_later_get_their_rights_at_the_next_start(settings: Settings) -> None:
