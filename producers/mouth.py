@@ -8,7 +8,7 @@ import structlog
 from aiokafka.errors import KafkaError
 
 from producers.journal import Journal
-from producers.lease import SESSION_S
+from producers.lease import SESSION_S, claim_epoch
 from producers.resume import LogEnd, read_log_end
 from producers.session import jitter
 from schemas import topics
@@ -26,8 +26,8 @@ class Superseded(Exception):
 
 
 class Mouth:
-    """`log_end`: where the log stood when it was last read; `claimed`: the epoch that is ours, or those claimed before;
-    `failures`: rounds that failed so far. `health` learns how Kafka is."""
+    """`log_end`: where the log stood when it was last read; `claimed`: the highest epoch that is ours, or that
+    was claimed before; `failures`: rounds that failed so far. `health` learns how Kafka is."""
 
     def __init__(self, settings: Settings, journal: Journal, health: dict[str, str | None]) -> None:
         self._settings = settings
@@ -68,6 +68,8 @@ class Mouth:
                     self.log_end = await read_log_end(self._settings)
                     if self.log_end.claims > self.claimed:
                         raise Superseded
+                if self._journal.epoch == self.claimed:
+                    await self._claim()
                 self._round_began = time.monotonic()
                 await self._publisher.publish(
                     kafka.Message(topic, r.partition, None, r.value, r.timestamp_ms, r.headers())
@@ -90,6 +92,13 @@ class Mouth:
             self._journal.acknowledge()
             for kind, count in Counter(record.kind for record in records).items():
                 metrics.PUBLISHED.labels(kind).inc(count)
+
+    async def _claim(self) -> None:
+        """One epoch in advance, for after a full journal: Kafka may be away by then. Raises Superseded, KafkaError."""
+        before = self.claimed
+        self.claimed = await claim_epoch(self._settings, before + 1, self._journal.name)
+        if self.claimed > before + 1:
+            raise Superseded
 
     def _failed(self, error: Exception, told: set[type[Exception]]) -> None:
         """Says what kind of failure it is, each kind once."""

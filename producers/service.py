@@ -225,14 +225,15 @@ class Producer:
                 self._failed.set_exception(error)
 
     def _append(self) -> None:
-        """Into the journal; when it is full, what comes is counted and lies in a gap, with a new epoch
+        """Into the journal; when it is full, what comes is counted and lies in a gap, with a new epoch that is ours
         behind it: within one, every number must follow."""
         records = self._slicer.take()
         if not records:
             return
         for gap in self._slicer.suspicions():
             self._prover.doubt(gap)
-        if self._full and time.monotonic() < self._try_again_at:
+        unclaimed = self._slicer.epoch > self._mouth.claimed
+        if self._full and (unclaimed or time.monotonic() < self._try_again_at):
             self._drop(records)
             return
         try:
@@ -266,7 +267,8 @@ class Producer:
             resume = Resume(self._tail.epoch, self._tail.clock_ms, self._tail.recv_ns, last, "journal")
         connected = self._shell.health.get("feed") is None
         self._events += self._slicer.counts
-        self._slicer = self._new_slicer(resume)
+        used = self._tail.epoch if self._tail else 0
+        self._slicer = self._new_slicer(resume, max(used + 1, self._mouth.claimed))
         if connected:
             self._slicer.connected(self.clock())
 

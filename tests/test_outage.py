@@ -14,6 +14,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from conftest import RATE, Market, Produce, Servers, flows, recording, says, stopped, until
 
 from bench.scoring import Score, raw_log, score, spans_of
+from producers.resume import read_log_end
 from schemas import topics
 from tapedeck import kafka
 from tapedeck.embedded.ports import free_ports
@@ -171,6 +172,9 @@ async def test_a_full_journal_says_so_marks_the_gap_and_goes_on(
     found = await result(settings, market)
     assert found.in_gaps > RATE
     assert "journal" in found.gaps
+    epochs = {record.epoch for records in (await raw_log(settings)).values() for record in records}
+    assert len(epochs) > 1
+    assert max(epochs) <= (await read_log_end(settings)).claims  # or a standby that took over might have had the same
     assert found.excess_s < 2 * sum(found.gaps.values()), found
 
 
