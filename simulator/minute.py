@@ -1,9 +1,8 @@
-"""The vendor's minute aggregates (XA) of one pair, made of the very trades that are published."""
+"""The vendor's minute and second aggregates (XA, XAS) of one pair, made of the very trades that are published."""
 
-MINUTE_MS = 60_000
 SIZE_DIGITS = 8
 
-_KEPT_MINUTES = 8  # no trade is published longer after its time than the market's greatest lateness
+_KEPT_MS = 8 * 60_000  # no trade is published longer after its time than the market's greatest lateness
 
 
 class Minute:
@@ -11,6 +10,9 @@ class Minute:
 
     Open and close go by exchange time, trades of one millisecond by the order of publication.
     """
+
+    channel = "XA"
+    width_ms = 60_000
 
     def __init__(self, start_ms: int) -> None:
         self.start_ms = start_ms
@@ -25,7 +27,7 @@ class Minute:
 
     @property
     def end_ms(self) -> int:
-        return self.start_ms + MINUTE_MS
+        return self.start_ms + self.width_ms
 
     def add(self, t_ms: int, price: int, size: int) -> None:
         """Take in a trade of this minute."""
@@ -40,13 +42,13 @@ class Minute:
         self.notional += price * size
 
     def encode(self, symbol: str, digits: int) -> bytes:
-        """The XA message; `digits` is the number of decimals of a price, and vw has four more."""
+        """The message; `digits` is the number of decimals of a price, and vw has four more."""
         if self._first is None or self._last is None:
             raise ValueError("a minute without trades has no aggregate")
         vwap = (self.notional * 20_000 + self.volume) // (2 * self.volume)
         mean = self.volume // self.trades
         return (
-            f'{{"ev":"XA","pair":"{symbol}","v":{decimal(self.volume, SIZE_DIGITS)}'
+            f'{{"ev":"{self.channel}","pair":"{symbol}","v":{decimal(self.volume, SIZE_DIGITS)}'
             f',"vw":{decimal(vwap, digits + 4)},"z":{decimal(mean, SIZE_DIGITS)}'
             f',"o":{decimal(self._first[1], digits)},"c":{decimal(self._last[1], digits)}'
             f',"h":{decimal(self.high, digits)},"l":{decimal(self.low, digits)}'
@@ -54,22 +56,30 @@ class Minute:
         ).encode()
 
 
-class Minutes:
-    """The recent minutes of one pair."""
+class Second(Minute):
+    """The same of a second."""
 
-    def __init__(self) -> None:
-        self._minutes: dict[int, Minute] = {}
+    channel = "XAS"
+    width_ms = 1_000
+
+
+class Windows:
+    """The recent minutes, or seconds, of one pair."""
+
+    def __init__(self, kind: type[Minute]) -> None:
+        self._kind = kind
+        self._windows: dict[int, Minute] = {}
 
     def add(self, t_ms: int, price: int, size: int) -> Minute:
-        """Take in a trade; returns its minute."""
-        start_ms = t_ms - t_ms % MINUTE_MS
-        minute = self._minutes.get(start_ms)
-        if minute is None:
-            minute = self._minutes[start_ms] = Minute(start_ms)
-            if len(self._minutes) > _KEPT_MINUTES:
-                del self._minutes[min(self._minutes)]
-        minute.add(t_ms, price, size)
-        return minute
+        """Take in a trade; returns its window."""
+        start_ms = t_ms - t_ms % self._kind.width_ms
+        window = self._windows.get(start_ms)
+        if window is None:
+            window = self._windows[start_ms] = self._kind(start_ms)
+            while (oldest_ms := next(iter(self._windows))) < start_ms - _KEPT_MS:
+                del self._windows[oldest_ms]
+        window.add(t_ms, price, size)
+        return window
 
 
 def decimal(number: int, digits: int) -> str:

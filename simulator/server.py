@@ -96,7 +96,7 @@ def _source(config: SimulatorConfig) -> Iterator[Frame]:
     if config.frames is not None:
         return play_file(config.frames)
     start_ns = time.time_ns() - DAY_NS if config.start_ns is None else config.start_ns
-    return market(config.seed, config.symbols, start_ns, wide=config.wide)
+    return market(config.seed, config.symbols, start_ns, wide=config.wide, seconds=True)
 
 
 async def _open_http(stack: contextlib.AsyncExitStack, config: SimulatorConfig, rest: Rest, control: Control) -> int:

@@ -2,7 +2,9 @@
 gap that names it, nothing is there twice, and no gap is much longer than what was missed."""
 
 import asyncio
+import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,13 @@ from conftest import RATE, Market, Process, Produce, Spawn, flows, playing, reco
 
 from bench.market import write_frames
 from bench.scoring import Score, raw_log, score, spans_of
+from processors.compute import FILES, compute
+from processors.settings import PipelineSettings
 from producers import service, session
+from schemas import topics
+from schemas.events import NS_PER_S
 from schemas.raw import RawRecord, decode_gap_value
+from tapedeck.embedded.ports import free_ports
 from tapedeck.settings import Settings
 from tapedeck.shell import Shell
 
@@ -291,3 +298,38 @@ async def test_a_dry_run_prints_ten_events_and_needs_no_kafka(market: Market, pr
     await inject(market, "auth-failed", count=1)
     refused = produce("--dry-run")
     assert await asyncio.to_thread(refused.ended, 20) == 2
+
+
+async def test_aggregates_of_seconds_come_where_they_are_asked_for_and_are_what_the_trades_make(
+    settings: Settings, spawn: Spawn, tmp_path: Path
+) -> None:
+    port, rest = free_ports(2)
+    market = Market(tmp_path / "sent.ndjson", f"ws://127.0.0.1:{port}/crypto", f"http://127.0.0.1:{rest}")
+    ports = ["--port", str(port), "--rest-port", str(rest)]
+    await says(spawn("simulate", *ports, "--speed", "10", "--record", str(market.record)), '"event": "feed"')
+    vendor = {"polygon_ws_url": market.url, "polygon_rest_url": market.rest, "symbols": ["*"]}
+    producer = spawn("produce", streams=["XT", "XAS"], **vendor)
+
+    async def enough() -> bool:
+        return market.record.exists() and market.record.read_bytes().count(b'"XAS"') > 150
+
+    await until(enough, 60)
+    await stopped(producer)
+    _, log = await scored(settings, market)
+    records = ((place, record) for part in log.values() for place, record in enumerate(part))
+    compute(records, tmp_path / "out", PipelineSettings(), close=True)
+    bars, trades = (
+        [json.loads(line) for line in (tmp_path / "out" / FILES[topic.name]).read_bytes().splitlines()]
+        for topic in (topics.VENDOR_BARS, topics.TRADES)
+    )
+    assert {bar["interval"] for bar in bars} == {"1s"}
+    made: Counter[tuple[str, int]] = Counter()
+    last: dict[tuple[str, int], int] = {}
+    for trade in trades:
+        place = trade["symbol"], trade["ts_event"] // NS_PER_S * NS_PER_S
+        made[place] += trade["size"]
+        last[place] = trade["ts_recv"]
+    settled = max(last.values()) - NS_PER_S  # the stop cut off what came to be said of later ones
+    volumes = {(b["symbol"], b["start"]): b["volume"] for b in bars if last[b["symbol"], b["start"]] < settled}
+    assert len(volumes) > 50
+    assert {place: made[place] for place in volumes} == pytest.approx(volumes)

@@ -624,6 +624,27 @@ class TestMarket:
         assert set(sent) == whole
         assert 0 < sum(count > 1 for count in sent.values()) < len(sent) / 2  # some were revised
 
+    def test_aggregates_of_seconds_are_frames_of_their_own_between_the_same_others(self, frames: list[Frame]) -> None:
+        both = list(
+            takewhile(lambda f: f.offset_ns < 12 * MINUTE_NS, market(1, DEFAULT_SYMBOLS, START_NS, seconds=True))
+        )
+        assert [frame.offset_ns for frame in both] == sorted(frame.offset_ns for frame in both)
+        assert [frame for frame in both if frame.events[0].topic[0] != "XAS"] == frames
+        trades: dict[tuple[str, int], list[Any]] = defaultdict(list)
+        sent: set[tuple[str, int]] = set()
+        for frame in both:
+            for event in (exact(event.data) for event in frame.events):
+                if isinstance(event, wire.XT):
+                    trades[event.pair, event.t // 1_000 * 1_000].append(event)
+                elif isinstance(event, wire.XAS):
+                    those = sorted(trades[event.pair, event.s], key=lambda trade: trade.t)
+                    assert (event.o, event.c, event.e) == (those[0].p, those[-1].p, event.s + 1_000)
+                    assert event.v == sum(trade.s for trade in those)
+                    if (event.pair, event.s) not in sent and max(trade.r for trade in those) < event.e:
+                        assert 50 <= frame.clock_ns // 1_000_000 - event.e <= 60
+                    sent.add((event.pair, event.s))
+        assert {window for window in trades if window[1] < START_NS // 10**6 + 11 * 60_000} <= sent
+
     def test_open_and_close_go_by_exchange_time_and_ties_by_publication(self) -> None:
         minute = Minute(0)
         for t_ms, price in [(20, 120), (30, 131), (30, 132), (10, 111), (10, 112), (25, 125)]:
