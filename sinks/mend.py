@@ -23,6 +23,14 @@ WRONG = ("missing", "extra", "changed")
 LEFT_ALONE = ("foreign", "beyond")
 
 
+def _quoted(columns: Iterable[str]) -> str:
+    return ", ".join(f'"{column}"' for column in columns)
+
+
+def _row(of: str, columns: Iterable[str]) -> str:
+    return "(" + ", ".join(f'{of}."{column}"' for column in columns) + ")"
+
+
 class Target(NamedTuple):
     """A table to mend. `due` selects what ought to stand in it, `standing` what does; `either`: another record of the
     same key may stand there as well. `foreign` and `beyond` are what is left alone, of t that stands and r that is due:
@@ -46,11 +54,16 @@ class Target(NamedTuple):
 _NOT_READ = """(r.time IS NULL AND (t.time < b.begins OR t.epoch < 0 AND b.repairs_move OR EXISTS (
     SELECT FROM taken x WHERE x.partition = t.partition AND (t.epoch, t.n) >= (x.epoch, x.n) AND t.ts_recv >= x.recv
 )))"""
+# What a bar says of the trades, whatever is known of gaps.
+_OF_TRADES = ("open", "high", "low", "close", "volume", "vwap", "notional", "trade_count", "buy_volume", "sell_volume")
+_SUMMED = ("symbol", "interval", "time", "repair", *_OF_TRADES)
 # It has a higher order than the log gives it, and there is, may be, or was, more of the log. A word about a gap may
-# come days later, and revises longer bars.
-_NOT_SETTLED = """((r.time IS NULL OR (t.repair, t.revision) > (r.repair, r.revision)) AND (
+# come days later, and revises longer bars, but for what they say of the trades.
+_NOT_SETTLED = f"""((r.time IS NULL OR (t.repair, t.revision) > (r.repair, r.revision)) AND (
     t."end" <= b.begins_ns
-    OR b.moves AND (t."end" > b.settled OR t.interval <> '1m' AND {known})
+    OR b.moves AND (t."end" > b.settled OR t.interval <> '1m' AND {_row("t", _SUMMED)} IN (
+        SELECT {_quoted(_SUMMED)} FROM made_crypto_aggregates WHERE interval <> '1m'
+    ))
     OR b.repairs_move AND t.repair > coalesce(r.repair, 0)
 ))"""
 _ORDER = "symbol, interval, time, repair DESC, revision DESC"
@@ -84,7 +97,7 @@ TARGETS = {
             _NEWEST,
             f"SELECT * FROM {BARS.name}",
             _ANOTHER,
-            _NOT_SETTLED.format(known="t.repair = r.repair"),
+            _NOT_SETTLED,
         ),
         Target(
             BARS,
@@ -93,7 +106,7 @@ TARGETS = {
             _NOT_LOWER.format(f"made_{BARS.name}"),
             _NOT_LOWER.format(_HISTORY),
             _ANOTHER,
-            _NOT_SETTLED.format(known="r.time IS NULL"),
+            _NOT_SETTLED,
         ),
         _first(VENDOR_BARS, "epoch", "partition", "n", "time"),
     ),
@@ -295,14 +308,6 @@ async def mending(settings: Settings, kind: str, since: int, until: int) -> Asyn
 def timestamp(ns: int) -> datetime:
     """ns since the epoch as PostgreSQL can hold it: whole microseconds, rounded down."""
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=ns // 1000)
-
-
-def _quoted(columns: Iterable[str]) -> str:
-    return ", ".join(f'"{column}"' for column in columns)
-
-
-def _row(of: str, columns: Iterable[str]) -> str:
-    return "(" + ", ".join(f'{of}."{column}"' for column in columns) + ")"
 
 
 def _equal(one: str, other: str, columns: Iterable[str]) -> str:

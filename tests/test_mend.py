@@ -71,11 +71,17 @@ async def test_a_longer_bar_that_a_late_word_revised_stands_where_the_log_goes_o
     settings: Settings, db: asyncpg.Connection
 ) -> None:
     """A word about a gap, which came later than the log was read."""
-    hour = [bar(0, order, interval="1h", end=START_NS + 60 * MINUTE_NS) for order in (4, 5)]
+    end = START_NS + 60 * MINUTE_NS
+    hour = [bar(0, order, interval="1h", end=end) for order in (4, 5)]
     await store(db, tables.BARS, hour)
     bounds = BOUNDS._replace(until=START_NS + 60 * MINUTE_NS, settled=START_NS + 90 * MINUTE_NS)
     assert await compared(settings, hour[:1], bounds._replace(moves=True), apply=True) == {"beyond": 2}
     assert await compared(settings, hour[:1], bounds, apply=False) == {"changed": 1, "extra": 1}
+    await store(
+        db, tables.BARS, [bar(0, 6, interval="1h", end=end, close=Decimal(3))]
+    )  # which no word about a gap does
+    found = await compared(settings, hour[:1], bounds._replace(moves=True), apply=True)
+    assert found == {"changed": 1, "extra": 1, "beyond": 1}
 
 
 @pytest.fixture
