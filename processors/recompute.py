@@ -4,7 +4,7 @@ A row belongs to a stretch by its own time, and may come later: a late trade, a 
 REST. So the raw topic is read for an hour longer than its horizon, and `raw.rest.v1` to its end.
 """
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import NamedTuple
 
 from aiokafka import TopicPartition
@@ -20,7 +20,7 @@ from processors.rollups import DAY_NS, EMITTED_NS, BarRecord, Rollups
 from processors.settings import PipelineSettings
 from processors.stages import RAW, REPAIRS
 from schemas import topics
-from schemas.events import MINUTE_NS, NS_PER_MS, NS_PER_S, MinuteClosed, decode_bar, encode
+from schemas.events import MINUTE_NS, NS_PER_MS, NS_PER_S, MinuteClosed, Missed, decode_bar, encode
 from schemas.raw import RawRecord
 from tapedeck import kafka
 from tapedeck.errors import TapedeckError
@@ -175,13 +175,13 @@ class Minutes:
         """What these bars and markers bring."""
         made: list[Output] = []
         for output in filter(_is_bar, outputs):
-            made += self.repaired_until(output.timestamp_ms * NS_PER_MS)
+            made += self.repaired_until(output.timestamp_ms * NS_PER_MS, outputs)
             made += self._rollups.process(BarRecord(output.timestamp_ms, output.value, 0))
         return made
 
-    def repaired_until(self, end: int) -> list[Output]:
+    def repaired_until(self, end: int, outputs: Iterable[Output] = ()) -> list[Output]:
         """The repairs of minutes that end by then. A day that would then be too old, as after a long outage and where
-        the recording begins, is closed before."""
+        the recording begins, is closed before, with the gaps that these outputs tell of at its end."""
         made: list[Output] = []
         while self._waiting and self._waiting[-1][0] <= end:
             minute_end, value = self._waiting.pop()
@@ -189,10 +189,18 @@ class Minutes:
             day = (minute_end - MINUTE_NS) // DAY_NS * DAY_NS
             following = self._waiting[-1][0] if self._waiting else end
             if end - day > EMITTED_NS and following > day + DAY_NS:
+                self._rollups.note(_missed(outputs))
                 fingerprint = decode_bar(value).fingerprint
                 marker = encode(MinuteClosed(self._rollups.partition, day + DAY_NS, [], fingerprint))
                 made += self._rollups.process(BarRecord((day + DAY_NS) // NS_PER_MS, marker, 0))
         return made
+
+
+def _missed(outputs: Iterable[Output]) -> Iterator[Missed]:
+    for output in filter(_is_bar, outputs):
+        event = decode_bar(output.value)
+        if isinstance(event, MinuteClosed):
+            yield from event.missed
 
 
 def _is_bar(output: Output) -> bool:

@@ -163,11 +163,15 @@ class Rollups:
 
     # -- markers -----------------------------------------------------------------------------------
 
-    def _marker(self, marker: MinuteClosed) -> Iterator[Bar]:
-        """What the marker closes, and what was closed and has changed since the one before."""
-        noted = {_gap_of(missed) for missed in marker.missed if missed.to >= self._kept} - self._gaps
+    def note(self, missed: Iterable[Missed]) -> None:
+        """Gaps that a marker tells of, or that who knows more than the log so far knows of."""
+        noted = {_gap_of(gap) for gap in missed if gap.to >= self._kept} - self._gaps
         self._gaps |= noted
         self._noted |= noted
+
+    def _marker(self, marker: MinuteClosed) -> Iterator[Bar]:
+        """What the marker closes, and what was closed and has changed since the one before."""
+        self.note(marker.missed)
         if marker.end <= self._closed:
             return
         before, self._closed = self._closed, marker.end

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import msgspec
 import pytest
 from pydantic import SecretStr
 from rich.progress import Progress
@@ -18,7 +19,7 @@ from schemas import rest, topics
 from schemas.events import INTERVALS_NS, MINUTE_NS, NS_PER_MS, Bar, decode_bar
 from schemas.frames import Frame, read_frames
 from schemas.partition import partition_of
-from schemas.raw import RawRecord
+from schemas.raw import GapValue, RawRecord
 from tapedeck.archive import Archive, table_of
 from tapedeck.history import Entry
 from tapedeck.settings import Settings
@@ -56,6 +57,20 @@ def archive_feed(settings: Settings, market: Iterable[Frame]) -> list[RawRecord]
 
 def archive_records(settings: Settings, records: Iterable[RawRecord]) -> None:
     archive(settings, topics.RAW, (Entry(r.partition, 0, r.timestamp_ms, None, r.headers(), r.value) for r in records))
+
+
+def archive_repair(settings: Settings, at_ms: int, minute: int) -> None:
+    """A trade in a minute of BTC-USD, as REST told of it at a time."""
+    trade = b'{"participant_timestamp":%d,"price":7,"size":1.25,"exchange":1,"id":"r","conditions":[1]}' % minute
+    part, pair = partition_of("BTC-USD"), "BTC-USD"
+    archive(
+        settings,
+        topics.RAW_REST,
+        (
+            Entry(part, 0, at_ms, None, headers, value)
+            for headers, value in rest.records_of(1, pair, minute, "trades", [trade], minute + MINUTE_NS)
+        ),
+    )
 
 
 async def recomputed(settings: Settings, wanted: Iterable[topics.Topic], since: int, until: int) -> list[bytes]:
@@ -101,16 +116,33 @@ async def test_history_from_long_before_the_recording_is_rolled_up(settings: Set
     archive_feed(settings, frames(tmp_path, BEGIN_MS, 10))
     day = BEGIN_MS * NS_PER_MS // DAY_NS * DAY_NS - 10 * DAY_NS
     minute = day + 61 * MINUTE_NS
-    trade = b'{"participant_timestamp":%d,"price":7,"size":1.25,"exchange":1,"id":"r","conditions":[1]}' % minute
-    part, pair = partition_of("BTC-USD"), "BTC-USD"
-    archive(
-        settings,
-        topics.RAW_REST,
-        (
-            Entry(part, 0, BEGIN_MS, None, headers, value)
-            for headers, value in rest.records_of(1, pair, minute, "trades", [trade], minute + MINUTE_NS)
-        ),
-    )
+    archive_repair(settings, BEGIN_MS, minute)
     found = await recomputed(settings, [topics.BARS_1M, *topics.ROLLUPS.values()], day, day + DAY_NS)
     made = [decode_bar(value) for value in ended(found, day + DAY_NS)]
     assert {bar.interval for bar in made if isinstance(bar, Bar)} == set(INTERVALS_NS)
+
+
+async def test_the_days_of_a_long_outage_are_flagged_with_the_gap_that_is_told_of_at_its_end(
+    settings: Settings, tmp_path: Path
+) -> None:
+    day = BEGIN_MS * NS_PER_MS // DAY_NS * DAY_NS + DAY_NS  # the first whole one of the outage
+    back_ms = BEGIN_MS + 6 * DAY_NS // NS_PER_MS
+    before, after = (
+        list(records_of(frames(tmp_path, begin_ms, 10), SlicerSettings(), ["XT"], ["*"]))
+        for begin_ms in (BEGIN_MS, back_ms)
+    )
+    missed = msgspec.json.encode(
+        GapValue(before[-1].timestamp_ms * NS_PER_MS, back_ms * NS_PER_MS, ["XT"], ["*"], "away")
+    )
+    again = [r._replace(epoch=2, value=missed if r.kind == "gap" and not r.n else r.value) for r in after]
+    archive_records(settings, [*before, *again])
+    minute = day + 61 * MINUTE_NS
+    archive_repair(settings, back_ms, minute)
+    found = await recomputed(settings, [topics.BARS_1M, *topics.ROLLUPS.values()], day, day + DAY_NS)
+    bars = [decode_bar(value) for value in ended(found, day + DAY_NS)]
+    made = {bar.interval: bar for bar in bars if isinstance(bar, Bar) and bar.start >= day}
+    assert made.keys() == set(INTERVALS_NS)
+    assert made.pop("1m").flags == ["repaired"]
+    for interval, bar in made.items():
+        assert {"gap", "partial"} <= set(bar.flags), interval
+        assert bar.missing_ns == INTERVALS_NS[interval] - MINUTE_NS
