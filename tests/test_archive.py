@@ -183,7 +183,7 @@ async def test_killed_sinks_leave_neither_holes_nor_doubles(
     assert await read(settings, "archive") == original, seed
     name = settings.topic_prefix + topics.RAW.name
     rows = duckdb.sql(
-        f"""SELECT partition, "offset", epoch_ms("timestamp"), key, value, headers['kind'], headers['recv'], hour
+        f"""SELECT partition, "offset", epoch_ms("timestamp"), key, value, headers['kind'], headers['recv'], hour::int
         FROM read_parquet('{folder}/*/*/*/*.parquet', hive_partitioning = true) WHERE topic = '{name}'"""
     ).fetchall()
     assert sorted(rows) == sorted(
