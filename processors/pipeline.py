@@ -5,6 +5,7 @@ nothing: records in, outputs out, and its whole state is a function of the recor
 """
 
 from collections import Counter
+from typing import ClassVar
 
 import msgspec
 
@@ -31,7 +32,6 @@ from schemas.events import (
 from schemas.raw import REPLAY_BEGINS, Foreign, RawRecord, decode_gap_value, decode_tick_value, text_of
 
 _TRADES, _QUOTES = topics.TRADES.name, topics.QUOTES.name
-NO_HEADERS: list[tuple[str, bytes]] = []
 FOREIGN_EPOCH = -(2**62) - 2  # of dead letters that no producer of ours wrote; those of the other stages are above
 LONGEST_REASON = 500
 RUN_IN_RECORDS = 1_000  # more than a producer ever has in flight on a partition
@@ -47,10 +47,7 @@ class Output(msgspec.Struct, frozen=True, gc=False):
     timestamp_ms: int
     vouches: bool = False
 
-    @property
-    def headers(self) -> list[tuple[str, bytes]]:
-        """None: an output is known by its value."""
-        return NO_HEADERS
+    headers: ClassVar[list[tuple[str, bytes]]] = []  # an output is known by its value
 
 
 def dead_letter(data: bytes, reason: str, recv: int, epoch: int, partition: int, n: int) -> DeadLetter:
@@ -96,6 +93,8 @@ class Pipeline:
         self._lost, self._lost_since = lost, lost_since
         self._untouched = not (run_in or lost)
         self._tick: int | None = None
+        # What is later is too far ahead, what is older perhaps late; they follow from the tick.
+        self._latest = self._in_time = 0
         self._out: list[Output] = []
         self._at_ms = 0
 
@@ -140,10 +139,10 @@ class Pipeline:
         self._at_ms = record.timestamp_ms
         at = record.timestamp_ms * NS_PER_MS
         if self._tick is None:
-            self._tick = at - at % NS_PER_S
+            self._ticked(at - at % NS_PER_S)
         if self._lost:
             self._lost = False
-            self._bars.nothing_before(self._tick)
+            self._bars.nothing_before(self._tick or 0)
             self._missed("log", self._lost_since, at, record)
         elif hole is not None:
             self._missed("hole", hole.since_ms, at, record)
@@ -205,31 +204,35 @@ class Pipeline:
 
     def _trade(self, message: wire.XT, epoch: int, recv: int, n: int) -> None:
         trade, price, size = normalize.trade(message, recv, normalize.NO_FLAGS, epoch, self.partition, n)
-        symbol, ts, exchange, tick = trade.symbol, trade.ts_event, trade.exchange, self._tick or 0
-        if ts > tick + self._settings.ahead_ns:
+        symbol, ts, exchange = trade.symbol, trade.ts_event, trade.exchange
+        if ts > self._latest:
             raise TooFarAhead(symbol, ts)
-        flag = ""
-        if ts < max(tick - self._settings.lateness_ns, self._bars.known_from):
-            flag = "too_late"
-        elif self._repeats.seen(symbol, exchange, trade.trade_id, ts):
-            self.counts["duplicate"] += 1
-            self._anomalies.note("duplicate", symbol, ts, f"{trade.trade_id} of exchange {exchange}", epoch, n)
-            return
-        else:
-            if self._bars.closed(ts - ts % MINUTE_NS, tick):
-                flag = "late"
-            self._bars.add(trade, price.exact, size.exact, tick)
+        flag = "" if ts >= self._in_time else self._late(ts)
+        if flag != "too_late":
+            start = ts - ts % MINUTE_NS
+            if self._repeats.seen(start, symbol, exchange, trade.trade_id):
+                self.counts["duplicate"] += 1
+                self._anomalies.note("duplicate", symbol, ts, f"{trade.trade_id} of exchange {exchange}", epoch, n)
+                return
+            self._bars.add(start, trade, price.exact, size.exact, flag == "late")
         if flag:
             trade = msgspec.structs.replace(trade, flags=[flag])
-            self._anomalies.note("late", symbol, ts, f"{flag}, {(tick - ts) / NS_PER_S:.3f} s", epoch, n)
+            self._anomalies.note("late", symbol, ts, f"{flag}, {((self._tick or 0) - ts) / NS_PER_S:.3f} s", epoch, n)
         self._anomalies.trade(symbol, ts, price.approx, size.approx, exchange, epoch, n)
         if self._fills_trades:
             self._out.append(Output(_TRADES, symbol.encode(), encode_ready(trade), self._at_ms))
 
+    def _late(self, ts: int) -> str:
+        """The flag of a trade that is not in time; none where its minute is open after all."""
+        tick = self._tick or 0
+        if ts < max(tick - self._settings.lateness_ns, self._bars.known_from):
+            return "too_late"
+        return "late" if self._bars.closed(ts - ts % MINUTE_NS, tick) else ""
+
     def _quote(self, message: wire.XQ, epoch: int, recv: int, n: int) -> None:
         quote, bid, ask = normalize.quote(message, recv, epoch, self.partition, n)
         symbol, ts = quote.symbol, quote.ts_event
-        if ts > (self._tick or 0) + self._settings.ahead_ns:
+        if ts > self._latest:
             raise TooFarAhead(symbol, ts)
         self._anomalies.quote(symbol, ts, bid.approx, ask.approx, quote.exchange, epoch, n)
         if self._fills_quotes:
@@ -237,7 +240,7 @@ class Pipeline:
 
     def _vendor_bar(self, message: wire.XA | wire.XAS, epoch: int, recv: int, n: int) -> None:
         bar = normalize.vendor_bar(message, recv, epoch, self.partition, n)
-        if bar.start > (self._tick or 0) + self._settings.ahead_ns:
+        if bar.start > self._latest:
             raise TooFarAhead(bar.symbol, bar.start)
         self._anomalies.vendor_bar(bar)
         self._emit(topics.VENDOR_BARS, bar.symbol, encode(bar))
@@ -279,13 +282,19 @@ class Pipeline:
             self._emit(topics.FORMING, bar.symbol, encode(bar))
         for anomaly in self._anomalies.tick(before, tick, fresh, final):
             self._emit(topics.ANOMALIES, anomaly.symbol, encode(anomaly))
-        closed, was = (t - self._settings.grace_ns for t in (tick, before))
-        if closed // MINUTE_NS > was // MINUTE_NS:
-            end = closed - closed % MINUTE_NS
+        closed = tick - self._settings.grace_ns
+        end = closed - closed % MINUTE_NS
+        if end > before - self._settings.grace_ns:
             value = encode(MinuteClosed(self.partition, end, self._bars.missed(), self._fingerprint))
             self._out.append(Output(topics.BARS_1M.name, None, value, self._at_ms, vouches=True))
         self._repeats.tick(tick)
+        self._ticked(tick)
+
+    def _ticked(self, tick: int) -> None:
         self._tick = tick
+        self._latest = tick + self._settings.ahead_ns
+        open_since = tick - self._settings.grace_ns
+        self._in_time = max(open_since - open_since % MINUTE_NS, tick - self._settings.lateness_ns)
 
     def close(self) -> list[Output]:
         """Finalises what is still open, as if the recording ended at the last tick."""

@@ -20,7 +20,7 @@ from faust.types import TP
 
 FETCH_WAIT_MS = 20
 IDLE_S = 0.05
-BUNDLE_RECORDS = 64
+BUNDLE_RECORDS = 256
 BUNDLE_BYTES = 256 * 1024
 
 
@@ -92,7 +92,7 @@ class _Consumer(aiokafka.Consumer):
             for tp, records in filter(None, turn):
                 if not self.flow_active or self.app.consumer_generation_id != generation:
                     return
-                if len(records) > 1:
+                if len(records) > 1 and not self._read_offset[tp]:  # behind any other offset Faust does it
                     await self._add_gap(tp, records[0].offset, records[-1].offset)
                 message = self._to_message(tp, records[-1])
                 message.value = Bundle()

@@ -67,17 +67,22 @@ class Numbers(dict[bytes, Number]):
     def __missing__(self, text: bytes) -> Number:
         if self._optional and text in (b"", b"null"):
             return ABSENT
-        exact, plain = (Decimal(text.decode()), text) if _ready(text) else self._canonical(text)
+        if _ready(text):
+            plain, written = text, text.decode()
+            exact = Decimal(written)
+        else:
+            exact, written = self._canonical(text)
+            plain = written.encode()
         if not exact and self._positive:
             raise NotAccepted(f"is 0, not {self._bounds}")
-        number = Number(exact, cast(Decimal, msgspec.Raw(plain)), float(exact))
+        number = Number(exact, cast(Decimal, msgspec.Raw(plain)), float(written))
         if len(text) <= SHORT:
             if len(self) >= REMEMBERED:
                 self.clear()
             self[text] = number
         return number
 
-    def _canonical(self, text: bytes) -> tuple[Decimal, bytes]:
+    def _canonical(self, text: bytes) -> tuple[Decimal, str]:
         if text[:1] == b'"' and not _number(text[1:-1]):  # decimal.Decimal would read much more than that
             raise NotAccepted("is not a number")
         try:
@@ -92,7 +97,7 @@ class Numbers(dict[bytes, Number]):
             raise NotAccepted(f"has more than {ACCEPTED.prec} digits") from None
         except (InvalidOperation, msgspec.MsgspecError, UnicodeDecodeError):  # NaN cannot be compared
             raise NotAccepted("is not a number") from None
-        return number, format(number, "f").encode()
+        return number, format(number, "f")
 
 
 def decimal_of(json: bytes) -> Decimal | None:

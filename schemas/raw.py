@@ -34,7 +34,7 @@ class RawRecord(NamedTuple):
     @property
     def events(self) -> int:
         """How many numbers the record uses up."""
-        return sum(count for _, count in self.recv)
+        return sum([count for _, count in self.recv])
 
     def headers(self) -> list[tuple[str, bytes]]:
         return [
@@ -95,9 +95,10 @@ def from_kafka(
     try:
         runs = _decode_runs(found["recv"])
         epoch, n = int(found["epoch"]), int(found["n"])
-        if not runs or min(count for _, count in runs) <= 0 or sum(count for _, count in runs) > MAX_EVENTS:
+        recvs, counts = zip(*runs, strict=True) if runs else ((0,), (0,))
+        if min(counts) <= 0 or sum(counts) > MAX_EVENTS:
             raise ValueError(f"recv counts no events, or too many: {runs[:3]}")
-        if not (0 <= epoch < LARGEST and 0 <= n < LARGEST and all(0 <= recv < LARGEST for recv, _ in runs)):
+        if not (0 <= epoch < LARGEST and 0 <= n < LARGEST and min(recvs) >= 0 and max(recvs) < LARGEST):
             raise ValueError("epoch, n or recv is out of bounds")
         return RawRecord(
             partition,

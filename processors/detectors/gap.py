@@ -26,22 +26,24 @@ class GapMarked(Detector):
 
     def tick(self, before: int, tick: int, fresh: Sequence[str] | None) -> Iterable[Finding]:
         gaps, self._gaps = self._gaps, []
-        for gap in gaps:
-            seconds = None if gap.from_ is None else (gap.to - gap.from_) / NS_PER_S
-            length = "of unknown length" if seconds is None else f"of {seconds:.3f} s"
-            yield Finding(
-                None,
-                f"{gap.epoch}:{gap.n}:{gap.reason}",
-                gap.to,
-                seconds,
-                None,
-                None,
-                None,
-                f"{gap.reason}, {length}: {','.join(gap.streams)} of {','.join(gap.pairs)}",
-                gap.epoch,
-                gap.n,
-                severity="info" if gap.reason in HARMLESS else None,
-            )
+        return [self._finding(gap) for gap in gaps]
+
+    def _finding(self, gap: Gap) -> Finding:
+        seconds = None if gap.from_ is None else (gap.to - gap.from_) / NS_PER_S
+        length = "of unknown length" if seconds is None else f"of {seconds:.3f} s"
+        return Finding(
+            None,
+            f"{gap.epoch}:{gap.n}:{gap.reason}",
+            gap.to,
+            seconds,
+            None,
+            None,
+            None,
+            f"{gap.reason}, {length}: {','.join(gap.streams)} of {','.join(gap.pairs)}",
+            gap.epoch,
+            gap.n,
+            severity="info" if gap.reason in HARMLESS else None,
+        )
 
     def state(self) -> object:
         return self._gaps

@@ -78,7 +78,10 @@ class PriceSpike(Detector):
             ranges = [one for one in ranges if one[0] >= at - RANGE_NS]
         pair.ranges = [*ranges, (at, lowest, highest)]
         for price, _ in before:
-            highest, lowest = max(highest, price), min(lowest, price)
+            if price > highest:
+                highest = price
+            elif price < lowest:
+                lowest = price
         findings: Iterable[Finding] = ()
         if highest > lowest * pair.limit:
             findings = self._judge(symbol, pair.unit, before, ranges, [t for t in trades if t[2] >= floor], at)

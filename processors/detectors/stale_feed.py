@@ -7,6 +7,7 @@ from processors.detectors.base import Detector, Finding, Onsets
 from schemas.events import MINUTE_NS, Gap
 
 STEADY_MINUTES = 3
+NO_STREAMS: frozenset[str] = frozenset()
 
 
 class StaleFeed(Detector):
@@ -30,10 +31,16 @@ class StaleFeed(Detector):
 
     def tick(self, before: int, tick: int, fresh: Sequence[str] | None) -> Iterable[Finding]:
         if fresh is None:
-            return
+            return ()
         minute = tick // MINUTE_NS
-        self._always[minute] = self._always.get(minute, frozenset(fresh)).intersection(fresh)
-        past = [self._always.get(minute - back, frozenset()) for back in range(1, STEADY_MINUTES + 1)]
+        now = frozenset(fresh)
+        self._always[minute] = self._always.get(minute, now) & now
+        if self._always.get(minute - 1, NO_STREAMS) <= now:
+            return ()
+        return self._stale(minute, tick, now)
+
+    def _stale(self, minute: int, tick: int, fresh: frozenset[str]) -> Iterable[Finding]:
+        past = [self._always.get(minute - back, NO_STREAMS) for back in range(1, STEADY_MINUTES + 1)]
         for stream in sorted(frozenset.intersection(*past).difference(fresh)):
             if self._onsets.begins(stream, tick):
                 detail = f"{stream} is not fresh any more"

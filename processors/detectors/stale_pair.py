@@ -87,6 +87,7 @@ class StalePair(Detector):
                 del self._flows[symbol, stream]
 
     def tick(self, before: int, tick: int, fresh: Sequence[str] | None) -> Iterable[Finding]:
+        findings = []
         least, given_up = tick - self._least_ns, tick - GIVEN_UP_NS
         for (symbol, stream), flow in list(self._flows.items()):
             if flow.changed is None or flow.changed > least:
@@ -97,11 +98,12 @@ class StalePair(Detector):
             if longest is not None and (fresh is None or stream in fresh):
                 limit = max(self._least_ns, round(self.settings.times * longest))
                 if before < flow.changed + limit <= tick and limit < GIVEN_UP_NS:
-                    yield self._finding(symbol, stream, flow.changed, longest, limit, tick)
+                    findings.append(self._finding(symbol, stream, flow.changed, longest, limit, tick))
             if flow.seen <= given_up:
                 del self._flows[symbol, stream]
             elif flow.changed <= given_up:
                 flow.changed, flow.silences = None, {}
+        return findings
 
     def _finding(self, symbol: str, stream: Stream, since: int, longest: int, limit: int, tick: int) -> Finding:
         silence = tick - since

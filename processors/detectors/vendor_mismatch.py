@@ -73,7 +73,7 @@ class VendorMismatch(Detector):
         return self._settled(tick) if tick >= self._due else ()
 
     def _settled(self, tick: int) -> Iterable[Finding]:
-        due = []
+        due, findings = [], []
         for (start, symbol), minute in list(self._minutes.items()):
             dropped = start + MINUTE_NS + KNOWN_NS
             if dropped <= tick:
@@ -88,8 +88,9 @@ class VendorMismatch(Detector):
                 minute.judged = True
                 finding = self._judge(minute.ours, minute.theirs)
                 if finding is not None:
-                    yield finding
+                    findings.append(finding)
         self._due = min(due, default=tick)
+        return findings
 
     def _judge(self, ours: Bar | None, theirs: VendorBar) -> Finding | None:
         if any(

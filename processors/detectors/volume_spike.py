@@ -74,7 +74,7 @@ class VolumeSpike(Detector):
         while pair.past and (oldest := next(iter(pair.past))) < window - WINDOWS:
             del pair.past[oldest]
         count = len(pair.past)
-        if count >= LEAST_WINDOWS and 2 * count >= window - min(pair.past):
+        if count >= LEAST_WINDOWS and 2 * count >= window - next(iter(pair.past)):
             volumes = sorted(pair.past.values())
             pair.middle = volumes[count // 2]
             pair.scale = max((volumes[3 * (count - 1) // 4] - pair.middle) / NORMAL_P75, LEAST_SCALE)

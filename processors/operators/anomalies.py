@@ -131,18 +131,16 @@ class Anomalies:
             for _, detector in self._on_vendor_bar:
                 detector.vendor_bar(bar, at)
         for symbol, pair in self._pairs.items():
-            if pair.trades:
-                for order, detector in self._on_trades:
-                    findings = detector.trades(symbol, pair.trades, at)
-                    if findings:
-                        self._keep(order, detector, findings)
+            if trades := pair.trades:
                 pair.trades = []
-            if pair.quotes:
-                for order, detector in self._on_quotes:
-                    findings = detector.quotes(symbol, pair.quotes, at)
-                    if findings:
+                for order, detector in self._on_trades:
+                    if findings := detector.trades(symbol, trades, at):
                         self._keep(order, detector, findings)
+            if quotes := pair.quotes:
                 pair.quotes = []
+                for order, detector in self._on_quotes:
+                    if findings := detector.quotes(symbol, quotes, at):
+                        self._keep(order, detector, findings)
 
     def _keep(self, order: int, detector: Detector, findings: Iterable[Finding]) -> None:
         for finding in findings:

@@ -3,58 +3,65 @@
 from decimal import Decimal
 from typing import Literal
 
-from schemas.events import MINUTE_NS, NOTHING_MISSED, Bar, Gap, Missed, Trade
+from schemas.events import MINUTE_NS, NOTHING_MISSED, Bar, Gap, Missed, Side, Trade
 from schemas.numbers import EXACT, VWAP, ZERO, canonical
 
 _add, _fma = EXACT.add, EXACT.fma
-_QUALITY = Decimal("0.0001")
+_QUALITY, _WHOLE = Decimal("0.0001"), Decimal(1)
+
+
+#: (ts_event, epoch, n, price, size, side) of a trade, which sorts by its place in time.
+_Traded = tuple[int, int, int, Decimal, Decimal, Side]
 
 
 class _Minute:
-    """What is known of a symbol's minute. Open and close go by (ts_event, epoch, n)."""
+    """What is known of a symbol's minute. Open and close go by (ts_event, epoch, n). `trades` were only kept as they
+    came, and are not in the sums yet; `unsided` is the volume neither bought nor sold."""
 
     __slots__ = (
         "buy",
-        "close",
-        "close_at",
         "count",
-        "dirty",
+        "first",
         "high",
+        "last",
         "late",
         "low",
         "notional",
-        "open",
-        "open_at",
         "revision",
         "sell",
-        "volume",
+        "trades",
+        "unsided",
     )
 
-    def __init__(self, price: Decimal, at: tuple[int, int, int], revision: int) -> None:
-        self.open = self.high = self.low = self.close = price
-        self.open_at = self.close_at = at
-        self.volume = self.notional = self.buy = self.sell = ZERO
+    def __init__(self, first: _Traded, revision: int) -> None:
+        self.trades: list[_Traded] = []
+        self.first = self.last = first
+        self.high = self.low = first[3]
+        self.notional = self.buy = self.sell = self.unsided = ZERO
         self.count = 0
         self.revision = revision
         self.late = False
-        self.dirty = False
 
-    def add(self, price: Decimal, size: Decimal, side: str, at: tuple[int, int, int]) -> None:
-        if at < self.open_at:
-            self.open, self.open_at = price, at
-        if at >= self.close_at:
-            self.close, self.close_at = price, at
-        if price > self.high:
-            self.high = price
-        elif price < self.low:
-            self.low = price
-        self.volume = _add(self.volume, size)
-        self.notional = _fma(price, size, self.notional)
-        self.count += 1
-        if side == "buy":
-            self.buy = _add(self.buy, size)
-        elif side == "sell":
-            self.sell = _add(self.sell, size)
+    def sum_up(self) -> None:
+        """All that was kept, at once: sums are looked at at ticks only."""
+        trades, self.trades = self.trades, []
+        high, low, notional = self.high, self.low, self.notional
+        for _, _, _, price, size, side in trades:
+            if price > high:
+                high = price
+            elif price < low:
+                low = price
+            notional = _fma(price, size, notional)
+            if side == "buy":
+                self.buy = _add(self.buy, size)
+            elif side == "sell":
+                self.sell = _add(self.sell, size)
+            else:
+                self.unsided = _add(self.unsided, size)
+        self.high, self.low, self.notional = high, low, notional
+        self.first = min(self.first, *trades)
+        self.last = max(self.last, *trades)
+        self.count += len(trades)
 
     def state(self) -> object:
         return tuple(getattr(self, name) for name in self.__slots__)
@@ -102,7 +109,7 @@ class Bars:
         self._forming = forming
         self._minutes: dict[int, dict[str, _Minute]] = {}
         self._gaps: list[_SeenGap] = []
-        self._changed: set[tuple[int, str]] = set()  # those that are dirty
+        self._changed: set[tuple[int, str]] = set()  # which the next tick tells of
         self._missed: list[Missed] = []  # gaps in trades since the last marker
         self._oldest = 0  # the first minute that may still change
         self.known_from = 0
@@ -112,24 +119,22 @@ class Bars:
         """Whether the minute from `start` is closed as of the tick."""
         return tick >= start + MINUTE_NS + self._grace_ns
 
-    def add(self, trade: Trade, price: Decimal, size: Decimal, tick: int) -> None:
-        """Folds in a trade that is inside the horizon."""
-        ts, symbol = trade.ts_event, trade.symbol
-        start = ts - ts % MINUTE_NS
+    def add(self, start: int, trade: Trade, price: Decimal, size: Decimal, closed: bool) -> None:
+        """Takes in a trade that is inside the horizon. `start`: of its minute, which is `closed` or not."""
+        symbol = trade.symbol
+        traded = (trade.ts_event, trade.epoch, trade.n, price, size, trade.side)
         symbols = self._minutes.get(start)
         if symbols is None:
             symbols = self._minutes[start] = {}
-        at = (ts, trade.epoch, trade.n)
         minute = symbols.get(symbol)
-        closed = tick >= start + MINUTE_NS + self._grace_ns
         if minute is None:
             missed = 0
             if closed:  # its closing as empty was the bar's first version; gaps since then count too
                 missed = sum(self.closed(start, g.before) and g.touches(start, symbol) for g in self._gaps)
-            minute = symbols[symbol] = _Minute(price, at, missed)
-        minute.add(price, size, trade.side, at)
-        if not minute.dirty:
-            self._touch(start, symbol, minute)
+            minute = symbols[symbol] = _Minute(traded, missed)
+        if not minute.trades:
+            self._changed.add((start, symbol))
+        minute.trades.append(traded)
         if closed:
             minute.revision += 1
             minute.late = True
@@ -145,23 +150,24 @@ class Bars:
             for symbol, minute in symbols.items():
                 if seen.touches(start, symbol):
                     minute.revision += self.closed(start, tick)
-                    self._touch(start, symbol, minute)
+                    self._changed.add((start, symbol))
 
-    def _touch(self, start: int, symbol: str, minute: _Minute) -> None:
-        """The next tick tells of it."""
-        minute.dirty = True
-        self._changed.add((start, symbol))
+    def _sum_up(self) -> None:
+        for start, symbol in self._changed:
+            minute = self._minutes[start][symbol]
+            if minute.trades:
+                minute.sum_up()
 
     def tick(self, before: int, tick: int) -> tuple[list[Bar], list[Bar]]:
         """What a tick closes or finds changed, final and forming, by (start, symbol); then forgets what is past
         the horizon."""
         final, forming = [], []
+        self._sum_up()
         if (tick - self._grace_ns) // MINUTE_NS != (before - self._grace_ns) // MINUTE_NS:
             closing = [s for s in self._minutes if self.closed(s, tick) and not self.closed(s, before)]
             self._changed.update((start, symbol) for start in closing for symbol in self._minutes[start])
         for start, symbol in sorted(self._changed):
             minute = self._minutes[start][symbol]
-            minute.dirty = False
             if self.closed(start, tick):
                 final.append(self._bar(symbol, start, minute, "final"))
             elif self._forming:
@@ -173,8 +179,7 @@ class Bars:
             self._oldest = oldest
             for start in [s for s in self._minutes if s < oldest]:
                 del self._minutes[start]
-        if self._gaps and min(g.gap.to for g in self._gaps) < self._oldest:
-            self._gaps = [g for g in self._gaps if g.gap.to >= self._oldest]
+            self._gaps = [g for g in self._gaps if g.gap.to >= oldest]
         return final, forming
 
     def nothing_before(self, tick: int) -> None:
@@ -191,17 +196,19 @@ class Bars:
         """Every bar still open or changed, as if the recording ended at the tick: the open are `partial`.
         Not at the last record, whose time goes by how events were cut into records."""
         bars = []
+        self._sum_up()
         for start, symbols in sorted(self._minutes.items()):
             for symbol, minute in sorted(symbols.items()):
                 if not self.closed(start, tick):
                     bars.append(self._bar(symbol, start, minute, "final", tick))
-                elif minute.dirty:
+                elif (start, symbol) in self._changed:
                     bars.append(self._bar(symbol, start, minute, "final"))
         return bars
 
     def _bar(
         self, symbol: str, start: int, minute: _Minute, status: Literal["forming", "final"], cut: int | None = None
     ) -> Bar:
+        volume = _add(_add(minute.buy, minute.sell), minute.unsided)
         end = start + MINUTE_NS
         gaps = _open([g.gap for g in self._gaps if g.touches(start, symbol)])
         missing = [(start if g.from_ is None else max(g.from_, start), min(g.to, end)) for g in gaps]
@@ -220,12 +227,12 @@ class Bars:
             "1m",
             start,
             end,
-            minute.open,
+            minute.first[3],
             minute.high,
             minute.low,
-            minute.close,
-            canonical(minute.volume),
-            canonical(VWAP.divide(minute.notional, minute.volume)),
+            minute.last[3],
+            canonical(volume),
+            canonical(VWAP.divide(minute.notional, volume)),
             canonical(minute.notional),
             minute.count,
             canonical(minute.buy),
@@ -235,7 +242,7 @@ class Bars:
             minute.revision,
             flags,
             missing_ns,
-            canonical((1 - Decimal(missing_ns) / MINUTE_NS).quantize(_QUALITY)),
+            canonical((1 - Decimal(missing_ns) / MINUTE_NS).quantize(_QUALITY)) if missing_ns else _WHOLE,
             "trades",
             self._fingerprint,
         )
@@ -243,10 +250,12 @@ class Bars:
     def state(self) -> object:
         """What decides about later bars. A gap from before the horizon came before those minutes closed, whatever
         its tick: a rebuild that begins with it does not know the tick before it."""
+        self._sum_up()
         return (
             {start: {s: m.state() for s, m in symbols.items()} for start, symbols in self._minutes.items()},
             [(g.gap, max(g.before, self._oldest)) for g in self._gaps],
             list(self._missed),
+            set(self._changed),
             max(self.known_from, self._oldest),
         )
 

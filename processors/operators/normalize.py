@@ -66,11 +66,14 @@ def trade(message: XT, recv: int, flags: list[str], epoch: int, partition: int, 
         number("size", bytes(message.s), positive)
         raise
     conditions = message.c
+    symbol = _symbol(message.pair)
+    if received is not None:
+        received = received * NS_PER_MS if EARLIEST_MS <= received < LATEST_MS else _time("r", received)
     event = Trade(
-        _symbol(message.pair),
+        symbol,
         ts * NS_PER_MS,
         recv,
-        None if received is None else _time("r", received),
+        received,
         price.json,
         size.json,
         side_of(conditions),

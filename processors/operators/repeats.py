@@ -18,20 +18,17 @@ class Repeats:
         self._minutes: dict[int, dict[str, set[int]]] = {}
         self._oldest = 0  # that is not forgotten yet
 
-    def seen(self, symbol: str, exchange: int, trade_id: str, ts: int) -> bool:
-        """Whether the trade was seen before; from now on it was."""
-        minute = ts - ts % MINUTE_NS
-        symbols = self._minutes.get(minute)
+    def seen(self, start: int, symbol: str, exchange: int, trade_id: str) -> bool:
+        """Whether the trade was seen before in its minute, which begins at `start`; from now on it was."""
+        symbols = self._minutes.get(start)
         if symbols is None:
-            symbols = self._minutes[minute] = {}
+            symbols = self._minutes[start] = {}
         hashes = symbols.get(symbol)
         if hashes is None:
             hashes = symbols[symbol] = set()
-        key = xxh3_64_intdigest(trade_id.encode(), exchange)
-        if key in hashes:
-            return True
-        hashes.add(key)
-        return False
+        known = len(hashes)
+        hashes.add(xxh3_64_intdigest(trade_id.encode(), exchange))
+        return len(hashes) == known
 
     def tick(self, tick: int) -> None:
         """Forgets the minutes that are wholly past the horizon."""
