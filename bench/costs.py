@@ -5,12 +5,14 @@ times a second, which line is at work. What the real worker takes beside that is
 acknowledgements.
 """
 
+import gc
 import linecache
 import re
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -24,6 +26,7 @@ from bench.speed import SINGLE, Input, input_of, ours
 from bench.stand import Stand
 from bench.tape import Tape
 from processors import stages
+from processors.service import GC_EVERY, Batches, no_batches
 from processors.settings import PipelineSettings
 from producers.slicer import SlicerSettings
 from schemas import topics
@@ -116,31 +119,31 @@ def work(records: Sequence[Raw], events: int) -> Work:
     """Everything but the delivery."""
     stage = stages.RAW
     machines = [stage.make(number, PipelineSettings(), 0, False, None) for number in range(topics.PARTITIONS)]
-    batches: dict[tuple[str, int], list[kafka.Record]] = {}
+    batches: Batches = no_batches()
     waiting = 0
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_EVERY)
     with Sampler() as sampler:
         began = time.process_time()
         for partition, timestamp_ms, headers, value, offset in records:
-            record = stage.read(partition, timestamp_ms, headers, value, offset)
-            for output in machines[partition].process(record):
-                place = (output.topic, partition)
-                batch = batches.get(place)
-                if batch is None:
-                    batch = batches[place] = []
-                batch.append(output)
-                waiting += 1
+            outputs = machines[partition].process(stage.read(partition, timestamp_ms, headers, value, offset))
+            place = batches[partition]
+            for output in outputs:
+                place[output.topic].append(output)
+            waiting += len(outputs)
             if waiting >= ROUND:
                 build(batches)
-                batches, waiting = {}, 0
+                batches, waiting = no_batches(), 0
         build(batches)
         whole = time.process_time() - began
     total = sum(sampler.samples.values()) or 1
     return Work({name: whole / events * 1e6 * n / total for name, n in sampler.samples.items()}, whole / events * 1e6)
 
 
-def build(batches: dict[tuple[str, int], list[kafka.Record]]) -> None:
+def build(batches: Batches) -> None:
     """As Publisher and aiokafka's sender do it."""
-    for records in batches.values():
+    for records in chain.from_iterable(place.values() for place in batches.values()):
         first = 0
         while first < len(records):
             builder = BatchBuilder(kafka.BATCH_BYTES, COMPRESSION_LZ4, is_transactional=False)
@@ -149,12 +152,12 @@ def build(batches: dict[tuple[str, int], list[kafka.Record]]) -> None:
             builder._build()
 
 
-async def table(stand: Stand, folder: Path, events: int, runs: int) -> Table:
+async def table(stand: Stand, folder: Path, events: int, minutes: int, runs: int) -> Table:
     tapes: list[tuple[str, Callable[[], Input]]] = [
-        ("trades", lambda: input_of(Tape(events), SlicerSettings())),
-        ("1 trade: 3 quotes", lambda: input_of(Tape(events, quotes=3), SlicerSettings())),
+        ("trades", lambda: input_of(Tape(events, minutes), SlicerSettings())),
+        ("1 trade: 3 quotes", lambda: input_of(Tape(events, minutes, quotes=3), SlicerSettings())),
         ("busier", lambda: input_of(Tape(events, minutes=max(2, events // 300_000)), SlicerSettings())),
-        ("slices of 1", lambda: input_of(Tape(events // 5), SINGLE)),
+        ("slices of 1", lambda: input_of(Tape(events // 5, minutes), SINGLE)),
     ]
     table = Table(title=f"CPU µs an event, by operator (min - max of {runs} runs)")
     table.add_column("what")

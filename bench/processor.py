@@ -45,9 +45,11 @@ SLOW_SHARE = 5  # of the tape for programs so slow that the whole would take min
 
 
 class Scale(NamedTuple):
-    """How much of everything."""
+    """How much of everything. A tape of fewer events is shorter, not thinner: as many fall between two ticks, and the
+    slices stay as large."""
 
     events: int = 1_000_000
+    minutes: int = 60
     single: int = 200_000
     runs: int = 3
     backlog: int = 10_000_000
@@ -55,7 +57,7 @@ class Scale(NamedTuple):
     latency_s: int = 120
 
 
-QUICK = Scale(100_000, 30_000, 1, 400_000, 10, 40)
+QUICK = Scale(100_000, 6, 20_000, 1, 400_000, 10, 40)
 
 
 def span(values: list[float | None], unit: float = 1, digits: int = 0) -> str:
@@ -120,21 +122,21 @@ async def speed(stand: Stand, folder: Path, console: Console, scale: Scale, name
     """Ours and the peers in turn, `runs` times, and once more on a backlog with pauses."""
     speeds = Speeds(console)
     wants: Callable[[str], bool] = lambda name: not names or any(part in name.lower() for part in names)  # noqa: E731
-    tape = Tape(scale.events)
-    console.log("making the tapes")
+    tape = Tape(scale.events, scale.minutes)
+    console.log(f"making the tapes: {scale.minutes} minutes of {len(tape.pairs)} pairs, a bar of each")
     trades = input_of(tape, SlicerSettings())
-    slow = Tape(max(10_000, scale.events // SLOW_SHARE))
+    slow = Tape(max(10_000, scale.events // SLOW_SHARE), scale.minutes)
     slow_input = input_of(slow, SlicerSettings())
     if wants("tapedeck"):
         rows: list[tuple[str, str, Input, list[str] | None]] = [
             ("tapedeck, bars alone", f"slices of {trades.per_slice:.0f}", trades, BARS_ONLY),
             ("tapedeck, whole chain", f"slices of {trades.per_slice:.0f}", trades, None),
         ]
-        mixed = input_of(Tape(scale.events, quotes=3), SlicerSettings())
+        mixed = input_of(Tape(scale.events, scale.minutes, quotes=3), SlicerSettings())
         rows.append(("tapedeck, whole chain", f"1 trade: 3 quotes, slices of {mixed.per_slice:.0f}", mixed, None))
         busy = input_of(Tape(scale.events, minutes=max(2, scale.events // 300_000)), SlicerSettings())
         rows.append(("tapedeck, bars alone", f"busier, slices of {busy.per_slice:.0f}", busy, BARS_ONLY))
-        single = input_of(Tape(scale.single), SINGLE)
+        single = input_of(Tape(scale.single, scale.minutes), SINGLE)
         rows.append(("tapedeck, whole chain", "slices of 1", single, None))
         number = 0
         for round_ in range(scale.runs + 1):
@@ -175,7 +177,8 @@ async def main_async(options: argparse.Namespace, folder: Path, address: str) ->
     if options.runs:
         scale = scale._replace(runs=options.runs)
     if options.events:
-        scale = scale._replace(events=options.events, single=max(10_000, options.events // 5))
+        minutes = max(1, Scale().minutes * options.events // Scale().events)
+        scale = scale._replace(events=options.events, minutes=minutes, single=max(10_000, options.events // 5))
     parts = options.only.split(",")
     stand = Stand(address)
     await stand.start()
@@ -183,7 +186,7 @@ async def main_async(options: argparse.Namespace, folder: Path, address: str) ->
         if "speed" in parts:
             await speed(stand, folder, console, scale, set(filter(None, options.programs.lower().split(","))))
         if "costs" in parts:
-            console.print(await costs.table(stand, folder, scale.events // 4, scale.runs))
+            console.print(await costs.table(stand, folder, scale.events // 2, scale.minutes // 2, scale.runs))
         if "recovery" in parts:
             sizes = (scale.events // 4, scale.events)
             console.print(await recovery.recover(stand, folder, scale.runs, sizes))
@@ -200,7 +203,7 @@ async def main_async(options: argparse.Namespace, folder: Path, address: str) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, help="of each program; default: 3")
-    parser.add_argument("--quick", action="store_true", help="a tenth of everything, once")
+    parser.add_argument("--quick", action="store_true", help="a tenth of everything, the bars too, once")
     parser.add_argument("--events", type=int, help="of the tape; default: 1,000,000")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, comma separated")
     parser.add_argument("--programs", default="", help="of the part speed only those with these words in their names")

@@ -77,7 +77,7 @@ class Processor:
         self._left_out = {topic.name for topic in topics.ALL if not self._pipeline.fills(topic)}
         self._publisher = kafka.Publisher(self._settings)
         self._partitions: dict[tuple[str, int], Partition] = {}
-        self._outputs, self._vouching = _batches(), _batches()
+        self._outputs, self._vouching = no_batches(), no_batches()
         self._pending = 0
         self._events: list[Any] = []
         self._filled = asyncio.Event()
@@ -209,8 +209,8 @@ class Processor:
                 await self._filled.wait()
                 await asyncio.sleep(LINGER_S)
                 self._filled.clear()
-                outputs, self._outputs = self._outputs, _batches()
-                vouching, self._vouching = self._vouching, _batches()
+                outputs, self._outputs = self._outputs, no_batches()
+                vouching, self._vouching = self._vouching, no_batches()
                 events, self._events = self._events, []
                 self._pending = 0
                 self._roomy.set()
@@ -274,7 +274,7 @@ class Processor:
         return lag
 
 
-def _batches() -> Batches:
+def no_batches() -> Batches:
     return defaultdict(lambda: defaultdict(list))
 
 
