@@ -10,11 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from processors import pipeline
 from processors.compute import FILES, compute
-from processors.pipeline import RUN_IN_RECORDS, Output, Pipeline
+from processors.pipeline import Output, Pipeline
 from processors.rebuild import replay
 from processors.settings import PipelineSettings
 from processors.stages import RAW
@@ -202,16 +204,18 @@ class TestEveryLog:
     ) -> None:
         log = send(cut(epochs_of(script), lengths), trouble).log
         first = at % len(log)
-        original = Pipeline(PARTITION, settings, RUN_IN_RECORDS, lost=True)
+        original = Pipeline(PARTITION, settings, RUN_IN, lost=True)
         wanted = [output for record in log[first:] for output in original.process(record)]
         src = [raw.REPLAY_BEGINS] + [raw.REPLAY] * len(log)
         played = [record._replace(src=src) for record, src in zip(log[first:], src, strict=False)]
-        assert outputs_of(played, settings) == wanted
-        offset = len(played) * 2 // 3
-        one_pass = Pipeline(PARTITION, settings)
-        for record in played[:offset]:
-            one_pass.process(record)
-        assert rebuilt(played, offset, settings).state() == one_pass.state()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "RUN_IN_RECORDS", RUN_IN)  # as in the rebuild
+            assert outputs_of(played, settings) == wanted
+            offset = len(played) * 2 // 3
+            one_pass = Pipeline(PARTITION, settings)
+            for record in played[:offset]:
+                one_pass.process(record)
+            assert rebuilt(played, offset, settings).state() == one_pass.state()
 
 
 class TestTheCounterexamples:
