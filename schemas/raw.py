@@ -95,10 +95,10 @@ def from_kafka(
     try:
         runs = _decode_runs(found["recv"])
         epoch, n = int(found["epoch"]), int(found["n"])
-        recvs, counts = zip(*runs, strict=True) if runs else ((0,), (0,))
-        if min(counts) <= 0 or sum(counts) > MAX_EVENTS:
+        counts = [count for _, count in runs]
+        if not runs or min(counts) <= 0 or sum(counts) > MAX_EVENTS:
             raise ValueError(f"recv counts no events, or too many: {runs[:3]}")
-        if not (0 <= epoch < LARGEST and 0 <= n < LARGEST and min(recvs) >= 0 and max(recvs) < LARGEST):
+        if not (0 <= epoch < LARGEST and 0 <= n < LARGEST and min(runs)[0] >= 0 and max(runs)[0] < LARGEST):
             raise ValueError("epoch, n or recv is out of bounds")
         return RawRecord(
             partition,

@@ -87,7 +87,7 @@ class PriceSpike(Detector):
             findings = self._judge(symbol, pair.unit, before, ranges, [t for t in trades if t[2] >= floor], at)
         pair.recent = recent = (before + [(price, at) for price in prices[-3:]])[-3:]
         if len(recent) == 3:
-            level = sorted(recent)[1][0]
+            level = sorted([price for price, _ in recent])[1]
             if pair.level is not None and pair.level[1] >= at - CARRY_NS:
                 was, then = pair.level
                 returns = pair.returns.get(minute)

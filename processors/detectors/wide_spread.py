@@ -46,7 +46,8 @@ class WideSpread(Detector):
         whole = [quote for quote in quotes if quote[1] >= quote[0] > 0]
         if not whole:
             return ()
-        bid, ask, ts, epoch, n = min(whole, key=_relative)
+        relative = [(ask - bid) / (ask + bid) for bid, ask, _, _, _ in whole]
+        bid, ask, ts, epoch, n = whole[relative.index(min(relative))]
         spread = 20_000 * (ask - bid) / (bid + ask)
         pair = self._pairs.get(symbol)
         if pair is None:
@@ -80,7 +81,3 @@ class WideSpread(Detector):
 
     def state(self) -> object:
         return ({s: p.spreads for s, p in self._pairs.items()}, self._onsets.state())
-
-
-def _relative(quote: QuoteSeen) -> float:
-    return (quote[1] - quote[0]) / (quote[1] + quote[0])

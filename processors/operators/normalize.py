@@ -3,7 +3,7 @@
 from functools import lru_cache
 
 from schemas.events import NS_PER_MS, Quote, Side, Trade, VendorBar
-from schemas.numbers import ABSENT, NotAccepted, Number, Numbers
+from schemas.numbers import ABSENT, NotAccepted, Number, Numbers, ready
 from schemas.wire import EARLIEST_MS, LATEST_MS, XA, XAS, XQ, XT, symbol_of
 
 SELL, BUY = 1, 2  # Polygon's crypto conditions "sellside" and "buyside": the aggressor's side
@@ -95,7 +95,7 @@ def quote(message: XQ, recv: int, epoch: int, partition: int, n: int) -> tuple[Q
         _time("t", ts)
     try:
         bid, ask = plain[bytes(message.bp)], plain[bytes(message.ap)]
-        bid_size, ask_size = optional[bytes(message.bs)], optional[bytes(message.as_)]
+        bid_size, ask_size = ready(message.bs), ready(message.as_)
     except NotAccepted:
         number("bid price", bytes(message.bp), plain)
         number("ask price", bytes(message.ap), plain)
@@ -107,9 +107,9 @@ def quote(message: XQ, recv: int, epoch: int, partition: int, n: int) -> tuple[Q
         ts * NS_PER_MS,
         recv,
         bid.json,
-        bid_size.json,
+        bid_size,
         ask.json,
-        ask_size.json,
+        ask_size,
         message.x,
         epoch,
         partition,
