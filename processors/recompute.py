@@ -4,8 +4,9 @@ A row belongs to a stretch by its own time, and may come later: a late trade, a 
 REST. So the raw topic is read for an hour longer than its horizon, and `raw.rest.v1` to its end.
 """
 
-from collections.abc import AsyncIterator, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
@@ -21,12 +22,13 @@ from processors.settings import PipelineSettings
 from processors.stages import RAW, REPAIRS
 from schemas import topics
 from schemas.events import MINUTE_NS, NS_PER_MS, NS_PER_S, MinuteClosed, Missed, decode_bar, encode
-from schemas.raw import RawRecord
-from tapedeck import kafka
+from tapedeck import kafka, logs
 from tapedeck.errors import TapedeckError
 from tapedeck.history import History, Source, open_history
+from tapedeck.processes import spread
 from tapedeck.settings import Settings
 
+ROWS = 5_000  # at once
 REACH_NS = HOUR_NS  # for what comes after its horizon; what comes later still is left alone
 
 
@@ -39,6 +41,44 @@ class Reach(NamedTuple):
     begins: int
     settled: int
     taken: dict[int, tuple[int, int, int]]
+
+
+class Known(NamedTuple):
+    """What partitions tell beside their rows. `deleted`: from when on their state is known. `ends` of what was read."""
+
+    deleted: list[int]
+    begins: list[int]
+    ticks: list[int]
+    taken: dict[int, tuple[int, int, int]]
+    ends: dict[TopicPartition, int]
+
+    def add(self, other: "Known") -> None:
+        self.deleted.extend(other.deleted)
+        self.begins.extend(other.begins)
+        self.ticks.extend(other.ticks)
+        self.taken.update(other.taken)
+        self.ends.update(other.ends)
+
+
+def nothing_known() -> Known:
+    return Known([], [], [], {}, {})
+
+
+class Some(NamedTuple):
+    """Some rows of a partition, by topic, of `done` of its `total` records; with the last of them what it tells."""
+
+    partition: int
+    done: int
+    total: int
+    rows: dict[str, Any]
+    known: Known | None
+
+
+Shape = Callable[[str, list[bytes]], Any]
+
+
+def as_they_are(_: str, values: list[bytes]) -> list[bytes]:
+    return values
 
 
 class Recomputation:
@@ -55,29 +95,27 @@ class Recomputation:
     ) -> None:
         self._settings = settings
         self._source = source
-        self._wanted = {topic.name for topic in wanted}
-        self._pipeline = replace(pipeline, outputs=tuple(self._wanted))
+        self._pipeline = replace(pipeline, outputs=tuple(topic.name for topic in wanted))
         self._since, self._until = since, until
-        self._deleted: list[int] = [0]
-        self._begins: list[int] = []
-        self._ticks: list[int] = []
-        self._taken: dict[int, tuple[int, int, int]] = {}
-        self._ends: dict[TopicPartition, int] = {}  # of what was read
+        self._known = nothing_known()
 
-    async def values(self, progress: Progress) -> AsyncIterator[tuple[str, list[bytes]]]:
-        """(topic, values), those of a partition in the order of its log; also some from before and after the stretch.
-        Raises TapedeckError, UsageError."""
+    async def values(
+        self, progress: Progress, shape: Shape = as_they_are, processes: int = 1
+    ) -> AsyncIterator[tuple[str, Any]]:
+        """(topic, what `shape` makes of values), those of a partition in the order of its log; also some from before
+        and after the stretch. Raises TapedeckError, UsageError."""
         if self._source == "kafka":
             await kafka.prepare(self._settings)
-        for number in range(topics.PARTITIONS):
-            async for outputs in self._partition(number, progress):
-                values: dict[str, list[bytes]] = {}
-                for output in outputs:
-                    if output.topic in self._wanted:
-                        values.setdefault(output.topic, []).append(output.value)
-                for found in values.items():
-                    yield found
-        if not any(self._ticks):
+        begin = partial(logs.configure, self._settings, "rebuild")
+        work = Partition(self._settings, self._pipeline, self._source, self._since, self._until, shape).some
+        tasks = [progress.add_task(f"partition {number}", total=None) for number in range(topics.PARTITIONS)]
+        async for some in spread(work, range(topics.PARTITIONS), processes, begin):
+            for found in some.rows.items():
+                yield found
+            progress.update(tasks[some.partition], completed=some.done, total=some.total)
+            if some.known:
+                self._known.add(some.known)
+        if not any(self._known.ticks):
             raise TapedeckError(
                 f"the log ({self._source}) holds nothing of that time, so there is nothing to compare with"
             )
@@ -85,65 +123,95 @@ class Recomputation:
     def reach(self) -> Reach:
         """After the last value."""
         horizon = self._pipeline.lateness_ns + self._pipeline.grace_ns + MINUTE_NS
-        return Reach(max(self._since, *self._deleted), min(self._begins), min(self._ticks) - horizon, self._taken)
+        known = self._known
+        return Reach(max(self._since, 0, *known.deleted), min(known.begins), min(known.ticks) - horizon, known.taken)
 
     async def moved(self) -> set[str]:
         """The topics of which there is, or may be, more than was read. Raises TapedeckError."""
         where = self._settings.kafka_bootstrap_servers
         try:
-            ends = await kafka.ends(self._settings, self._ends)
+            ends = await kafka.ends(self._settings, self._known.ends)
         except KafkaError as error:
             if self._source == "kafka":
                 raise TapedeckError(
                     f"Kafka at {where} went away: {error}. Nothing was changed: run it again"
                 ) from error
             ends = {}
-        moved = {place.topic for place, end in self._ends.items() if ends.get(place) != end}
+        moved = {place.topic for place, end in self._known.ends.items() if ends.get(place) != end}
         return {topic.removeprefix(self._settings.topic_prefix) for topic in moved}
 
-    async def _partition(self, number: int, progress: Progress) -> AsyncIterator[list[Output]]:
+
+class Partition(NamedTuple):
+    """How to recompute a partition, whichever and wherever; `shape` is what its rows leave it as."""
+
+    settings: Settings
+    pipeline: PipelineSettings
+    source: Source
+    since: int
+    until: int
+    shape: Shape
+
+    async def some(self, number: int) -> AsyncIterator[Some]:
+        """All of it, some at a time. Raises TapedeckError."""
+        known = nothing_known()
+        values: dict[str, list[bytes]] = {}
+        done = total = 0
+        async for done, total, outputs in self._outputs(number, known):
+            for output in outputs:
+                if output.topic in self.pipeline.outputs:
+                    values.setdefault(output.topic, []).append(output.value)
+            if sum(map(len, values.values())) >= ROWS:
+                yield Some(number, done, total, self._shaped(values), None)
+                values = {}
+        yield Some(number, done, total, self._shaped(values), known)
+
+    def _shaped(self, values: dict[str, list[bytes]]) -> dict[str, Any]:
+        return {topic: self.shape(topic, found) for topic, found in values.items()}
+
+    async def _outputs(self, number: int, known: Known) -> AsyncIterator[tuple[int, int, list[Output]]]:
+        """With how many records of how many they come; adds to what is known."""
         repaired: list[Output] = []
-        async for outputs in self._repaired(number):
-            yield outputs
+        async for outputs in self._repaired(number, known):
+            yield 0, 1, outputs
             repaired += filter(self._is_bar_within, outputs)
         minutes = Minutes(number, repaired)
-        async with open_history(self._settings, self._source, topics.RAW, number) as log:
-            ahead_ns = self._pipeline.ahead_ns + NS_PER_S
-            first = await log.first_since(_ms(self._since - ahead_ns))
-            behind = await log.first_since(_ms(self._until + self._pipeline.lateness_ns + REACH_NS))
+        async with open_history(self.settings, self.source, topics.RAW, number) as log:
+            ahead_ns = self.pipeline.ahead_ns + NS_PER_S
+            first = await log.first_since(_ms(self.since - ahead_ns))
+            behind = await log.first_since(_ms(self.until + self.pipeline.lateness_ns + REACH_NS))
             last = min(log.end, behind + 1)  # with the tick that ends a silence, and closes what it found open
-            state = await replay(log, RAW, number, self._pipeline, first)
+            state = await replay(log, RAW, number, self.pipeline, first)
             assert isinstance(state, Pipeline)
-            await self._note(log, topics.RAW, number, state.memory_ns + ahead_ns, last)
+            await self._note(known, log, topics.RAW, number, state.memory_ns + ahead_ns, last)
             if log.begin < log.end:
-                self._begins.append(await log.timestamp_ms(log.begin) * NS_PER_MS)
+                known.begins.append(await log.timestamp_ms(log.begin) * NS_PER_MS)
             else:  # nothing is known of it, if there is more elsewhere
-                self._ticks.append(0)
-            task = progress.add_task(f"partition {number}", total=last - first)
-            recv = 0
+                known.ticks.append(0)
+            recv = done = 0
+            counts, process, read = state.counts, state.process, RAW.read
             async for entries in log.batches(first, last):
                 outputs = []
-                for entry in entries:
-                    record = RAW.read(number, entry.timestamp_ms, entry.headers, entry.value, entry.offset)
-                    taken = state.taken
-                    outputs += state.process(record)
-                    if isinstance(record, RawRecord) and state.taken != taken:
-                        recv = max(recv, record.recv[-1][0])
-                yield outputs
-                if topics.BARS_1M.name in self._wanted:
-                    yield minutes.rolled_up(outputs)
-                progress.advance(task, len(entries))
-            self._taken[number] = (*state.taken, recv)
+                for _, offset, timestamp_ms, _, headers, value in entries:
+                    record = read(number, timestamp_ms, headers, value, offset)
+                    taken = counts["take"]
+                    outputs += process(record)
+                    if counts["take"] != taken and (newest := record.recv[-1][0]) > recv:
+                        recv = newest
+                if topics.BARS_1M.name in self.pipeline.outputs:
+                    outputs += minutes.rolled_up(outputs)
+                done += len(entries)
+                yield done, last - first, outputs
+            known.taken[number] = (*state.taken, recv)
             if state.tick is not None:
-                self._ticks.append(state.tick)
-                yield minutes.repaired_until(state.tick)
+                known.ticks.append(state.tick)
+                yield done, last - first, minutes.repaired_until(state.tick)
 
-    async def _repaired(self, number: int) -> AsyncIterator[list[Output]]:
+    async def _repaired(self, number: int, known: Known) -> AsyncIterator[list[Output]]:
         """All that REST ever said of the stretch, which may be long after it, and what it said since then of others."""
-        async with open_history(self._settings, self._source, topics.RAW_REST, number) as log:
-            await self._note(log, topics.RAW_REST, number, SKEW_NS, log.end)
-            state = REPAIRS.make(number, self._pipeline, 0, False, None)
-            async for entries in log.batches(await log.first_since(_ms(self._since - SKEW_NS)), log.end):
+        async with open_history(self.settings, self.source, topics.RAW_REST, number) as log:
+            await self._note(known, log, topics.RAW_REST, number, SKEW_NS, log.end)
+            state = REPAIRS.make(number, self.pipeline, 0, False, None)
+            async for entries in log.batches(await log.first_since(_ms(self.since - SKEW_NS)), log.end):
                 outputs: list[Output] = []
                 for entry in entries:
                     record = REPAIRS.read(number, entry.timestamp_ms, entry.headers, entry.value, entry.offset)
@@ -151,15 +219,17 @@ class Recomputation:
                 yield outputs
 
     def _is_bar_within(self, output: Output) -> bool:
-        return _is_bar(output) and self._since <= decode_bar(output.value).end - MINUTE_NS < self._until
+        return _is_bar(output) and self.since <= decode_bar(output.value).end - MINUTE_NS < self.until
 
-    async def _note(self, log: History, topic: topics.Topic, number: int, memory_ns: int, end: int) -> None:
+    async def _note(
+        self, known: Known, log: History, topic: topics.Topic, number: int, memory_ns: int, end: int
+    ) -> None:
         """To where it is read; and where its beginning was deleted, the state is known only a memory later."""
-        self._ends[TopicPartition(self._settings.topic_prefix + topic.name, number)] = end
+        known.ends[TopicPartition(self.settings.topic_prefix + topic.name, number)] = end
         if log.begin:
             left = log.begin < log.end
-            begin = await log.timestamp_ms(log.begin) * NS_PER_MS if left else self._until
-            self._deleted.append(begin + memory_ns)
+            begin = await log.timestamp_ms(log.begin) * NS_PER_MS if left else self.until
+            known.deleted.append(begin + memory_ns)
 
 
 class Minutes:

@@ -4,7 +4,8 @@ The recomputed records are staged in temporary tables, in the sinks' own columns
 in the same stretch notes every difference by its key; putting them right is one transaction with that.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+import io
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
@@ -12,7 +13,6 @@ from typing import NamedTuple
 import asyncpg
 
 from schemas.topics import Topic
-from sinks import writer
 from sinks.tables import BARS, QUOTES, TRADES, VENDOR_BARS, Table
 from tapedeck import database
 from tapedeck.errors import TapedeckError
@@ -172,13 +172,12 @@ class Mending:
                 f"''::text AS standing, ''::text AS due FROM {target.name} WITH NO DATA"
             )
 
-    async def stage(self, topic: str, values: Sequence[bytes]) -> None:
-        """Values of a topic's records, also from outside the stretch."""
+    async def stage(self, topic: str, rows: bytes) -> None:
+        """Rows of a topic (tables.copied), also from outside the stretch."""
         table = self._tables[topic]
-        lines = [line for value in values if (line := table.line(value)) is not None]
-        if lines:
+        if rows:
             await self._connection.copy_to_table(
-                f"staged_{table.name}", source=writer.source(lines), columns=list(table.columns), timeout=LONG_S
+                f"staged_{table.name}", source=io.BytesIO(rows), columns=list(table.columns), timeout=LONG_S
             )
 
     async def compare(

@@ -6,7 +6,7 @@ repeated record a no-op; a bar is replaced only by a higher order.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -153,3 +153,12 @@ DEAD_LETTERS = _kept(
 QUARANTINE = _kept("audit", "quarantine", topics.QUARANTINE, events.Quarantined, events.decode_quarantined, "ts_recv")
 
 ALL = (TRADES, QUOTES, VENDOR_BARS, BARS, ANOMALIES, GAPS, DEAD_LETTERS, QUARANTINE)
+
+
+_BY_TOPIC = {topic.name: table for table in ALL for topic in table.topics}
+
+
+def copied(topic: str, values: Iterable[bytes]) -> bytes:
+    """The rows of a topic's values, as COPY wants them. Raises as `line` does."""
+    line = _BY_TOPIC[topic].line
+    return "".join([row for value in values if (row := line(value)) is not None]).encode()

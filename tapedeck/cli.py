@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tapedeck.settings import Settings
 
 SHOWN = 20  # differences on the screen
+PROCESSES = os.cpu_count() or 1  # of a rebuild
 Existing = click.Path(exists=True, dir_okay=False, path_type=Path)
 Writable = click.Path(dir_okay=False, writable=True, path_type=Path)
 Folder = click.Path(file_okay=False, path_type=Path)
@@ -378,6 +379,7 @@ async def _rebuild(
     from processors.settings import chosen
     from schemas.topics import RAW_REST
     from sinks import differences, mend
+    from sinks.tables import copied
     from tapedeck.errors import TapedeckError
 
     if since >= until:
@@ -386,8 +388,8 @@ async def _rebuild(
     async with mend.mending(settings, kind, since, until) as tables:
         made = Recomputation(settings, pipeline, source, tables.topics, since, until)
         with Progress(console=Console(stderr=True)) as progress:
-            async for topic, values in made.values(progress):
-                await tables.stage(topic, values)
+            async for topic, rows in made.values(progress, copied, PROCESSES):
+                await tables.stage(topic, rows)
         reach = made.reach()
 
         async def bounds() -> mend.Bounds:

@@ -49,7 +49,7 @@ async def compared(
 
     kind, topic = ("bars", topics.ROLLUPS["1h"]) if isinstance(due[0], events.Bar) else ("trades", topics.TRADES)
     async with mending(settings, kind, bounds.since, bounds.until) as mend:
-        await mend.stage(topic.name, [events.encode(event) for event in due])
+        await mend.stage(topic.name, tables.copied(topic.name, map(events.encode, due)))
         found: Counter[str] = Counter()
         for (_, difference), count in (await mend.compare(known, apply, 0)).items():
             found[difference] += count

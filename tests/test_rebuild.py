@@ -27,8 +27,8 @@ from schemas.events import MINUTE_NS
 from schemas.partition import partition_of
 from schemas.raw import RawRecord, read_log
 from sinks import tables
+from tapedeck import cli
 from tapedeck import kafka as clients
-from tapedeck.cli import _rebuild
 from tapedeck.dump import dump
 from tapedeck.errors import TapedeckError
 from tapedeck.history import Source, open_history
@@ -56,7 +56,9 @@ class Tape:
         settings = self.settings.model_copy(update=others)
         day = self.begin.replace(hour=0, minute=0, second=0)  # longer bars must lie whole in the stretch
         since, until = (round(time.timestamp() * 10**9) for time in (day, self.end))
-        code = await _rebuild(settings, kind, since, until, source, not apply, out)
+        with pytest.MonkeyPatch.context() as patch:  # either way, without starting processes too often
+            patch.setattr(cli, "PROCESSES", 2 if kind == "bars" else 1)
+            code = await cli._rebuild(settings, kind, since, until, source, not apply, out)
         found: Found = {}
         for text in out.read_text().splitlines():
             entry = json.loads(text)
