@@ -35,6 +35,8 @@ SLOW_S = 5.0
 FETCH_MS = 50
 STOP_S = 0.5  # for leaving the group; a broker that is away or rebalances would take much longer
 SHOW_S = 1.0
+#: A batch took too long: for us, or for a limit of the server's.
+TOO_LONG = (TimeoutError, asyncpg.QueryCanceledError)
 STALL_S = 30.0  # aiokafka's fetching has ended in silence (its issue 983): look whether nothing came for nothing
 
 
@@ -61,6 +63,8 @@ class Sink:
         self._gathered: list[_Entry] = []
         self._size = 0  # of what gathered, in characters
         self._writing: asyncio.Task[None] | None = None
+        self._in_hand, self._since = 0, 0.0  # how many records the database works at, and since when
+        self._most = self._settings.sink_batch_rows  # to a batch
         self._failures = 0
         self._shown: dict[TopicPartition, int] = {}
         self._show_at = 0.0
@@ -97,7 +101,7 @@ class Sink:
             # Without partitions as well: who does not ask for records for five minutes is out of the group.
             batch = await consumer.getmany(
                 timeout_ms=GATHER_MS if self._gathered else IDLE_MS,
-                max_records=self._settings.sink_batch_rows - len(self._gathered),
+                max_records=self._most - len(self._gathered),
             )
             # Records that came with another assignment are not from our positions on, but from Kafka's.
             if self._positioned is None or self._positioned is not self._assignment.places:
@@ -179,15 +183,17 @@ class Sink:
 
     async def _pass_on(self) -> None:
         """To the database, as soon as it is through with the batch before; waits for that when enough has gathered."""
-        full = len(self._gathered) >= self._settings.sink_batch_rows or self._size >= MOST_BYTES
+        full = len(self._gathered) >= self._most or self._size >= MOST_BYTES
         if full or self._writing is None or self._writing.done():
             await self._written()
             if self._gathered:
+                self._in_hand, self._since = len(self._gathered), time.monotonic()
                 self._writing = asyncio.create_task(self._store(self._gathered))
                 self._gathered, self._size = [], 0
 
     async def _written(self) -> None:
-        """Waits for the batch that the database has, and raises what went wrong with it."""
+        """Waits for the batch that the database has, and raises what went wrong with it. After one that took too long
+        they are half as large, or it would be tried for ever; after quick ones they grow again."""
         writing, self._writing = self._writing, None
         if writing is None:
             return
@@ -196,8 +202,13 @@ class Sink:
             if not writing.done():
                 self._shell.health[self._table.name] = f"database: slow, a batch takes more than {SLOW_S:g} s"
             await writing
+        except TOO_LONG:
+            self._most = max(1, self._in_hand // 2)
+            raise
         finally:
             writing.cancel()
+        if time.monotonic() - self._since < SLOW_S:
+            self._most = max(self._most, min(2 * self._in_hand, self._settings.sink_batch_rows))
         self._well()
 
     def _forget(self) -> None:

@@ -22,6 +22,8 @@ log = structlog.get_logger()
 MIGRATIONS = Path(schemas.__file__).parent / "migrations"
 LOCK = 7_263_544_911  # any number, the same in every process: one migrates, the others wait
 
+COMMAND_S = 60.0  # what takes longer has failed
+
 #: Passing troubles of a server that is away, restarting or full, and what asyncpg says of a connection that
 #: it lost; anything else is told at once.
 AWAY = (
@@ -88,7 +90,7 @@ async def open_connection(settings: Settings) -> asyncpg.Connection:
     return await asyncpg.connect(
         settings.database_url.get_secret_value(),
         timeout=10,
-        command_timeout=60,
+        command_timeout=COMMAND_S,
         server_settings={
             "application_name": "tapedeck",
             "idle_in_transaction_session_timeout": "5s",

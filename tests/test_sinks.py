@@ -652,6 +652,39 @@ async def test_a_slow_database_holds_up_the_reading_and_nothing_else(
         await until(partial(says, shell, None))
 
 
+SLEEPY = """
+    CREATE FUNCTION sleepy() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.55); RETURN NEW; END $$;
+    CREATE TRIGGER sleepy BEFORE INSERT ON crypto_quotes FOR EACH ROW EXECUTE FUNCTION sleepy()
+"""
+
+
+async def test_a_batch_that_takes_too_long_is_halved_down_to_a_record_and_grows_again(
+    settings: Settings, load: Load, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    write = writer.write
+
+    async def noted(connection: Any, table: tables.Table, lines: list[str], *others: Any) -> int:
+        sizes.append(len(lines))
+        return await write(connection, table, lines, *others)
+
+    monkeypatch.setattr(writer, "write", noted)
+    monkeypatch.setattr(service, "SLOW_S", 0.3)
+    await db.execute(SLEEPY)
+    await load.burst(1)
+    async with sinking(settings, "quotes"):
+        monkeypatch.setattr(database, "COMMAND_S", 1.0)  # after the migrations
+        await all_once(db, load, 120)
+        assert max(sizes) > 2
+        assert sizes[-7:] == [1] * 7
+        await db.execute("DROP TRIGGER sleepy ON crypto_quotes")
+        monkeypatch.undo()  # connections live on with what they began with
+        monkeypatch.setattr(writer, "write", noted)
+        await load.burst(100)
+        await all_once(db, load, 60)
+        assert max(sizes) > 8
+
+
 async def test_a_writer_that_freezes_inside_its_transaction_holds_nobody_up_for_long(
     settings: Settings, publish: Publish, db: asyncpg.Connection
 ) -> None:
