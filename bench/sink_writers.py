@@ -18,7 +18,7 @@ import uvloop
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from schemas import events, topics
-from sinks import service, tables
+from sinks import assignment, service, tables
 from tapedeck import database, settings
 from tapedeck.shell import Shell
 
@@ -40,7 +40,7 @@ class Timed(AIOKafkaConsumer):  # type: ignore[misc]
 
 
 async def tapedeck(total: int) -> None:
-    service.AIOKafkaConsumer = Timed
+    assignment.AIOKafkaConsumer = Timed  # type: ignore[misc]
     sink = service.Sink(Shell(settings.load(), "sink"), tables.TRADES)
     running = asyncio.create_task(sink.run())
     while sum(sink._positions.values()) < total:
