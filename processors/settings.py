@@ -11,7 +11,7 @@ from schemas.topics import Topic
 from tapedeck.errors import UsageError
 from tapedeck.settings import Settings
 
-VERSION = "4"
+VERSION = "5"
 
 
 class PipelineSettings(msgspec.Struct, frozen=True):

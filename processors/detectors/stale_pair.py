@@ -1,6 +1,6 @@
 """A pair that has gone quiet, by its own expectation, while the feed has not."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -30,18 +30,21 @@ class _Flow:
             self.silences[at // MINUTE_NS] = count + 1, max(longest, at - self.changed)
         self.changed = at
 
-    def longest(self) -> int | None:
-        """The longest silence of the minutes before the last sign of life; None where too few are known."""
+    def longest(self, limit: Callable[[int], int]) -> int | None:
+        """The longest silence of the minutes before the last sign of life, but for that of one minute which is past
+        the limit that the others set; None where too few are known."""
         since = (self.changed or 0) // MINUTE_NS - MINUTES
         known = [silence for minute, silence in self.silences.items() if minute >= since]
         if sum(count for count, _ in known) < LEAST_SILENCES:
             return None
-        return max(longest for _, longest in known)
+        *others, longest = sorted(longest for _, longest in known)
+        return others[-1] if others and longest >= limit(others[-1]) else longest
 
 
 class StalePair(Detector):
-    """score = silence / longest silence of the ten minutes before it began. Silent are trades without a trade, and
-    quotes without another bid or ask: one that is sent again and again is frozen. Said once for each silence.
+    """score = silence / longest silence of the ten minutes before it began, but for that of one minute which was itself
+    out of the usual: one silence must not hide the next. Silent are trades without a trade, and quotes without another
+    bid or ask: one that is sent again and again is frozen. Said once for each silence.
 
     Judged only at a tick that calls the stream itself fresh, and only for pairs whose threshold lies below five
     minutes: silence says nothing about a pair that is often as silent as that.
@@ -58,7 +61,7 @@ class StalePair(Detector):
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
         self._flows: dict[tuple[str, Stream], _Flow] = {}
-        self._least_ns = round(settings.least_s * NS_PER_S)
+        self._least_ns: int = round(settings.least_s * NS_PER_S)
 
     def trades(self, symbol: str, trades: Sequence[TradeSeen], at: int) -> Iterable[Finding]:
         self._flow(symbol, "XT", at).heard(at)
@@ -94,9 +97,9 @@ class StalePair(Detector):
                 if flow.seen <= given_up:
                     del self._flows[symbol, stream]
                 continue
-            longest = flow.longest()
+            longest = flow.longest(self._limit)
             if longest is not None and (fresh is None or stream in fresh):
-                limit = max(self._least_ns, round(self.settings.times * longest))
+                limit = self._limit(longest)
                 if before < flow.changed + limit <= tick and limit < GIVEN_UP_NS:
                     findings.append(self._finding(symbol, stream, flow.changed, longest, limit, tick))
             if flow.seen <= given_up:
@@ -104,6 +107,10 @@ class StalePair(Detector):
             elif flow.changed <= given_up:
                 flow.changed, flow.silences = None, {}
         return findings
+
+    def _limit(self, longest: int) -> int:
+        limit: int = max(self._least_ns, round(self.settings.times * longest))
+        return limit
 
     def _finding(self, symbol: str, stream: Stream, since: int, longest: int, limit: int, tick: int) -> Finding:
         silence = tick - since

@@ -408,6 +408,16 @@ class TestStale:
         for _ in range(600):
             tape.tick(fresh=["XT", "XA"])
         stale = one(tape.found("stale_feed"))
+    def test_one_freeze_does_not_hide_the_next(self) -> None:
+        tape = Tape()
+        tape.market(200)
+        for seed in range(2):
+            for _ in range(120):
+                tape.quote(59_990.0, 60_010.0)
+                tape.tick()
+            tape.market(200, seed)
+        assert ["no other quote" in a.detail for a in tape.found("stale_pair") if ":XQ:" in a.id] == [True] * 2
+
         assert (stale.severity, stale.symbol, stale.detail) == ("critical", None, "XQ is not fresh any more")
         assert stale.detected == BEGIN + 301 * NS_PER_S
 
