@@ -91,15 +91,18 @@ class Tape:
     def vendor(self, bar: VendorBar) -> None:
         self._op("vendor_bar", bar)
 
-    def market(self, seconds: int, seed: int = 1, scale: float = 60_000.0, symbol: str = BTC) -> None:
-        """A calm random walk around `scale`: 1 bp per s, a spread of 2 bps, 3 trades and 3 quotes each second."""
+    def market(
+        self, seconds: int, seed: int = 1, scale: float = 60_000.0, symbol: str = BTC, times: float = 1.0
+    ) -> None:
+        """A calm random walk around `scale`: 1 bp per s, a spread of 2 bps, 3 trades and 3 quotes each second; of so
+        many times the usual size."""
         rng = Random(seed)
         price = scale
         for _ in range(seconds):
             price *= 1 + rng.gauss(0, 1e-4)
             for _ in range(3):
                 self.quote(price * 0.9999, price * 1.0001 * (1 + rng.uniform(0, 1e-6)), symbol)
-                self.trade(price * rng.choice((0.9999, 1.0001)), rng.lognormvariate(0, 1), symbol)
+                self.trade(price * rng.choice((0.9999, 1.0001)), times * rng.lognormvariate(0, 1), symbol)
             self.tick()
 
     def found(self, kind: str | None = None) -> list[Anomaly]:
@@ -251,7 +254,8 @@ class TestVolumeSpike:
     def test_a_burst_is_found_in_the_second_it_reaches_the_threshold(self) -> None:
         tape = Tape()
         tape.market(600)
-        n = tape.trade(60_000.0, 100_000.0)
+        tape.trade(60_000.0, 1_000.0)
+        n = tape.trade(60_000.0, 1_001.0)
         tape.tick()
         tape.market(60, 2)
         spike = one(tape.found("volume_spike"))
@@ -261,26 +265,34 @@ class TestVolumeSpike:
     def test_bursts_do_not_hide_each_other(self) -> None:
         tape = Tape()
         tape.market(600)
-        for seed in range(10):
-            for seconds in (9, 69):  # each fills two windows
-                tape.trade(60_000.0, 100_000.0)
-                tape.tick()
-                tape.market(seconds, seed)
-        assert len(tape.found("volume_spike")) == 10
+        for seed in range(6):
+            tape.market(60, seed, times=5)
+            tape.market(600, seed)
+        assert len(tape.found("volume_spike")) == 6
 
-    def test_a_pair_that_seldom_trades_has_none(self) -> None:
+    def test_a_single_large_trade_is_none(self) -> None:
         tape = Tape()
-        for _ in range(36):
-            tape.trade(60_000.0)
-            tape.tick(35)
+        tape.market(600)
+    @pytest.mark.parametrize(("times", "count"), [(2, 0), (5, 1)])
+    def test_a_minute_of_five_times_the_usual_volume_is_one(self, times: float, count: int) -> None:
+        for late in range(0, 10, 3):
+            tape = Tape()
+            tape.market(600 + late)
+            tape.market(60, 2, times=times)
+            tape.market(120, 3)
+            assert len(tape.found("volume_spike")) == count
+
         tape.trade(60_000.0, 100_000.0)
         tape.tick()
         assert tape.found("volume_spike") == []
 
-    def test_three_times_the_usual_is_none(self) -> None:
+    def test_a_pair_that_seldom_trades_has_none(self) -> None:
         tape = Tape()
-        tape.market(600)
-        tape.trade(60_000.0, 100.0)
+        for _ in range(100):
+            tape.trade(60_000.0)
+            tape.tick(35)
+        for _ in range(10):
+            tape.trade(60_000.0, 100_000.0)
         tape.tick()
         assert tape.found("volume_spike") == []
 
@@ -290,6 +302,7 @@ class TestQuotes:
         tape = Tape()
         tape.quote(99.9, 100.1)
         tape.quote(90.0, 91.0, exchange=2)
+        tape.market(120, 2)
         tape.trade(100.0)
         tape.trade(90.5, exchange=2)
         n = tape.trade(102.0)
