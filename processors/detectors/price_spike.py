@@ -1,6 +1,7 @@
 """A trade far from the trades right before it, measured in the pair's own robust deviations."""
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from math import exp, inf, log, sqrt
@@ -11,39 +12,43 @@ import msgspec
 from processors.detectors.base import NORMAL_ABS_P90, Detector, Finding, Onsets, TradeSeen, percentile_90, touches
 from schemas.events import MINUTE_NS, NS_PER_S, Gap
 
-MINUTES = 15  # that the deviation is learned from
+MINUTES = 24  # that the deviation is learned from
 RANGE_NS = NS_PER_S  # a price that was traded so shortly before is no spike
-CARRY_NS = 5 * MINUTE_NS  # how old the trades before may be
+CARRY_NS = 3 * MINUTE_NS  # how old the trades before may be
 LEAST_RETURNS = 30  # fewer tell nothing of a pair
 LATE_NS = 5 * NS_PER_S  # a trade this far behind the last tick says nothing about the price now
 BUCKET_NS = 5 * NS_PER_S
 
 
 class _Pair:
-    __slots__ = ("level", "limit", "minute", "ranges", "recent", "returns", "unit")
+    __slots__ = ("level", "limit", "minute", "moves", "ranges", "recent", "returns", "unit", "usual")
 
     def __init__(self) -> None:
         self.recent: list[tuple[float, int]] = []  # the newest three trades: price, tick
         self.level: tuple[float, int] | None = None  # the median of those three, tick
         self.ranges: list[tuple[int, float, float]] = []  # tick, lowest and highest price after it
-        self.returns: dict[int, array[float]] = {}  # by minute: per sqrt(s), absolute, log
-        self.minute = 0  # that unit and limit are for
-        self.unit = inf
+        self.moves: dict[int, array[float]] = {}  # of the level, by minute: absolute, log
+        self.returns: dict[int, array[float]] = {}  # the same per sqrt(s)
+        self.minute = 0  # that unit, usual and limit are for
+        self.unit = inf  # per sqrt(s)
+        self.usual = 1.0  # a move, in units
         self.limit = inf  # no spike where the highest price is at most so many times the lowest
 
 
 class PriceSpike(Detector):
-    """score = |log(price / reference)| / (unit x sqrt(max(1, s since the oldest trade of the reference))).
+    """score = distance / (unit x max(usual, sqrt(s since the trade before))).
 
-    The reference is the median of the three trades before: one false print moves it nowhere, and a market that really
-    runs takes it along trade by trade, however fast. Half of that distance at least must also lie outside everything
-    traded in the second before: an order that swept the book ends far from the market, and the next trade, back in
-    the market, is no spike.
+    The distance is the log of the price to the nearer of the trade before and the reference, the median of the three
+    trades before: one false print moves it nowhere, and a market that really runs takes it along trade by trade,
+    however fast. Half of that distance at least must also lie outside everything traded in the second before: an
+    order that swept the book ends far from the market, and the next trade, back in the market, is no spike.
 
     The unit is the 90th percentile of the absolute log returns from reference to reference, as each second with trades
-    leaves it, per sqrt(s), over the 15 whole minutes before; divided by 1.6449 it is the standard deviation of a
+    leaves it, per sqrt(s), over the 24 whole minutes before; divided by 1.6449 it is the standard deviation of a
     normal distribution. Not the median (MAD): where most seconds move by a tick or not at all that measures the tick.
-    It is at least the smallest move there was: one tick is no spike.
+    The usual move is the same of the returns as they were: what a pair of few trades moves by in a second with trades
+    is not sqrt(s) of its quiet minutes, of which its unit mostly comes. Each is at least the smallest move there was:
+    one tick is no spike.
     """
 
     kind = "price_spike"
@@ -51,7 +56,7 @@ class PriceSpike(Detector):
     memory_ns = (MINUTES + 1) * MINUTE_NS + CARRY_NS
 
     class Settings(Detector.Settings, frozen=True):
-        deviations: Annotated[float, msgspec.Meta(gt=0)] = 5.0
+        deviations: Annotated[float, msgspec.Meta(gt=0)] = 7.0
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
@@ -84,32 +89,37 @@ class PriceSpike(Detector):
                 lowest = price
         findings: Iterable[Finding] = ()
         if highest > lowest * pair.limit:
-            findings = self._judge(symbol, pair.unit, before, ranges, [t for t in trades if t[2] >= floor], at)
+            findings = self._judge(symbol, pair, before, ranges, [t for t in trades if t[2] >= floor], at)
         pair.recent = recent = (before + [(price, at) for price in prices[-3:]])[-3:]
         if len(recent) == 3:
             level = sorted([price for price, _ in recent])[1]
             if pair.level is not None and pair.level[1] >= at - CARRY_NS:
                 was, then = pair.level
-                returns = pair.returns.get(minute)
-                if returns is None:
-                    returns = pair.returns[minute] = array("d")
-                returns.append(abs(log(level / was)) / sqrt(max(1.0, (at - then) / NS_PER_S)))
+                if minute not in pair.moves:
+                    pair.moves[minute], pair.returns[minute] = array("d"), array("d")
+                move = abs(log(level / was))
+                pair.moves[minute].append(move)
+                pair.returns[minute].append(move / sqrt(max(1.0, (at - then) / NS_PER_S)))
             pair.level = (level, at)
         return findings
 
     def _learn(self, pair: _Pair, minute: int) -> None:
         pair.minute, pair.unit, pair.limit = minute, inf, inf
-        pair.returns = {m: returns for m, returns in pair.returns.items() if m >= minute - MINUTES}
-        moves = sorted(chain.from_iterable(pair.returns.values()))
-        tick = next((move for move in moves if move), None)
-        if len(moves) >= LEAST_RETURNS and tick is not None:
-            pair.unit = max(percentile_90(moves) / NORMAL_ABS_P90, tick)
-            pair.limit = exp(min(700.0, self.settings.deviations * pair.unit))
+        self._drop(pair, minute - MINUTES)
+        returns = sorted(chain.from_iterable(pair.returns.values()))
+        if len(returns) >= LEAST_RETURNS and returns[-1]:
+            pair.unit = _deviation(returns)
+            pair.usual = max(1.0, _deviation(sorted(chain.from_iterable(pair.moves.values()))) / pair.unit)
+            pair.limit = exp(min(700.0, self.settings.deviations * pair.usual * pair.unit))
+
+    def _drop(self, pair: _Pair, oldest: int) -> None:
+        pair.moves = {minute: moves for minute, moves in pair.moves.items() if minute >= oldest}
+        pair.returns = {minute: returns for minute, returns in pair.returns.items() if minute >= oldest}
 
     def _judge(
         self,
         symbol: str,
-        unit: float,
+        pair: _Pair,
         before: list[tuple[float, int]],
         ranges: list[tuple[int, float, float]],
         trades: list[TradeSeen],
@@ -125,10 +135,11 @@ class PriceSpike(Detector):
             if low <= price <= high:
                 continue
             if place >= 3:
-                last = series[place - 3 : place]
-                apart = sqrt(max(1.0, (at - last[0][1]) / NS_PER_S))
-                score = abs(log(price / sorted(last)[1][0])) / (unit * apart)
-                outside = log(max(price / high, low / price)) / (unit * apart)
+                last, then = series[place - 1]
+                reference = sorted(series[place - 3 : place])[1][0]
+                unit = pair.unit * max(pair.usual, sqrt((at - then) / NS_PER_S))
+                score = min(abs(log(price / reference)), abs(log(price / last))) / unit
+                outside = log(max(price / high, low / price)) / unit
                 if score > worst and outside >= score / 2:
                     worst, found = score, place
             low, high = min(low, price), max(high, price)
@@ -150,7 +161,7 @@ class PriceSpike(Detector):
         self._onsets.forget(tick)
         oldest = tick // MINUTE_NS - MINUTES
         for symbol, pair in list(self._pairs.items()):
-            pair.returns = {minute: returns for minute, returns in pair.returns.items() if minute >= oldest}
+            self._drop(pair, oldest)
             pair.recent = [one for one in pair.recent if one[1] >= tick - CARRY_NS]
             pair.ranges = [one for one in pair.ranges if one[0] >= tick - RANGE_NS]
             if pair.level is not None and pair.level[1] < tick - CARRY_NS:
@@ -159,4 +170,12 @@ class PriceSpike(Detector):
                 del self._pairs[symbol]
 
     def state(self) -> object:
-        return ({s: (p.recent, p.ranges, p.level, p.returns) for s, p in self._pairs.items()}, self._onsets.state())
+        return (
+            {s: (p.recent, p.ranges, p.level, p.moves, p.returns) for s, p in self._pairs.items()},
+            self._onsets.state(),
+        )
+
+
+def _deviation(moves: Sequence[float]) -> float:
+    """Of sorted moves that are not all 0; at least the smallest that is not."""
+    return max(percentile_90(moves) / NORMAL_ABS_P90, moves[bisect_right(moves, 0.0)])
