@@ -61,7 +61,7 @@ BEGIN_NS = 1_723_161_240 * NS_PER_S
 def frames_of(seed: int, symbols: Sequence[str], rates: Sequence[Activity], hours: float) -> Iterator[simulated.Frame]:
     """The simulator's market for so long."""
     end_ns = round(hours * 3600 * NS_PER_S)
-    whole = batch(publish(seed, symbols, BEGIN_NS, rates), BEGIN_NS)
+    whole = batch(publish(seed, symbols, BEGIN_NS, rates, seconds=False), BEGIN_NS)
     return takewhile(lambda frame: frame.offset_ns < end_ns, whole)
 
 

@@ -51,7 +51,7 @@ class Burst(NamedTuple):
 def trades_of(seed: int, hours: float) -> dict[str, list[Trade]]:
     found: dict[str, list[Trade]] = {f"{rate:g}": [] for rate in RATES}
     end_ns = BEGIN_NS + hours * 3600 * NS_PER_S
-    for ns, event in publish(seed, list(found), BEGIN_NS, [Activity(rate) for rate in RATES]):
+    for ns, event in publish(seed, list(found), BEGIN_NS, [Activity(rate) for rate in RATES], seconds=False):
         if ns > end_ns:
             break
         if event.topic and event.topic[0] == "XT":
