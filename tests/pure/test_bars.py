@@ -605,5 +605,5 @@ def test_memory_covers_the_horizon_the_minute_the_grace_and_the_detectors() -> N
     settings = PipelineSettings(lateness_ns=2 * MINUTE_NS, grace_ns=NS_PER_S)
     pipeline = Pipeline(0, settings)
     filter_, repeats, bars = 5 * MINUTE_NS, 3 * MINUTE_NS, 3 * MINUTE_NS + NS_PER_S
-    of_bars, of_events = 12 * MINUTE_NS, 21 * MINUTE_NS
+    of_bars, of_events = 12 * MINUTE_NS, 28 * MINUTE_NS
     assert pipeline.memory_ns == filter_ + repeats + max(bars + of_bars, of_events) + 11 * NS_PER_S
