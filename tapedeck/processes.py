@@ -32,16 +32,16 @@ async def spread(
     try:
         for _, number in zip(range(processes), waiting):  # noqa: B905 - whichever ends first
             ours, theirs = _spawn.Pipe()
+            ours.send(number)  # it waits in the pipe, should the child end before it looks
             child = _spawn.Process(target=_run, args=(theirs, work, begin), daemon=True)
             child.start()
             children[ours] = child
             theirs.close()  # so that its end is seen
-            ours.send(number)
         while children:
             for pipe in await asyncio.to_thread(_ready, list(children)):
                 try:
                     found = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionError):  # the latter where it left something unread
                     children[pipe].join()
                     raise TapedeckError(
                         f"a process that was to help ended by itself (exit code {children[pipe].exitcode}; -9: it was "

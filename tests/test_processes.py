@@ -30,6 +30,10 @@ async def one_killed(number: int) -> AsyncIterator[int]:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 async def endless(number: int) -> AsyncIterator[int]:
     while True:
         yield number
@@ -53,6 +57,12 @@ async def test_what_the_work_raises_is_raised_here() -> None:
 async def test_a_process_that_is_killed_is_an_error_and_the_others_end() -> None:
     with pytest.raises(TapedeckError, match="exit code -9"):
         _ = [each async for each in spread(one_killed, range(3), 2)]
+    await ended()
+
+
+async def test_a_process_that_is_killed_before_it_began_is_an_error_too() -> None:
+    with pytest.raises(TapedeckError, match="exit code -9"):
+        _ = [each async for each in spread(squares, range(3), 2, killed)]
     await ended()
 
 
