@@ -60,11 +60,11 @@ class _Consumer(aiokafka.Consumer):
         self._gap[tp].append((offset_from, offset_to))
 
     def _new_offset(self, tp: TP) -> int | None:
-        """How far a commit may go: over what is acknowledged and the gaps before it, up to a hole. As Faust's own, that
-        would list each offset of the gaps: tens of millions, after a log that retention overtook."""
+        """How far a commit may go: over what is acknowledged, each with the gap before it, up to a hole. As
+        Faust's own, that would list each offset of the gaps: tens of millions, after a log that retention overtook."""
         acked, gaps, committed = self._acked[tp], self._gap[tp], self._committed_offset[tp]
-        newest = max(acked, default=-1)
-        told = ((begin, end) for begin, end in gaps if begin < newest)
+        index = set(acked)
+        told = ((begin, end) for begin, end in gaps if end in index)
         spans = sorted([*told, *((offset, offset + 1) for offset in acked)])
         # Faust tells of no gap at the first offset that it was to read.
         if not acked or (committed and spans[0][0] > committed + 1):
@@ -92,8 +92,9 @@ class _Consumer(aiokafka.Consumer):
             for tp, records in filter(None, turn):
                 if not self.flow_active or self.app.consumer_generation_id != generation:
                     return
-                if len(records) > 1 and not self._read_offset[tp]:  # behind any other offset Faust does it
-                    await self._add_gap(tp, records[0].offset, records[-1].offset)
+                read = self._read_offset[tp]
+                if not read:  # behind any other offset Faust does it
+                    await self._add_gap(tp, records[0].offset if read is None else 1, records[-1].offset)
                 message = self._to_message(tp, records[-1])
                 message.value = Bundle()
                 message.value.records = records

@@ -10,15 +10,17 @@ import time
 import tracemalloc
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
+from aiokafka.structs import ConsumerRecord
 from conftest import Process, Servers, Spawn, until
-from faust.transport.drivers import aiokafka
 from faust.types import TP
 
 from bench.market import write_frames
@@ -396,46 +398,56 @@ async def test_a_log_that_was_overtaken_by_retention_is_a_gap_and_its_bars_are_p
     assert any(bar["flags"] == [] for bar in bars)
 
 
-async def test_a_commit_goes_as_far_as_fausts_own_without_listing_the_offsets_that_retention_took(
+async def test_a_commit_goes_up_to_the_first_bundle_not_acknowledged_and_lists_no_offsets_that_retention_took(
     settings: Settings,
 ) -> None:
     rng = random.Random(7)
-    ours, fausts = faust_app(settings), faust_app(settings)
-    fausts.transport = aiokafka.Transport(fausts.conf.broker_consumer, fausts)
-    consumers: list[Any] = [ours.consumer, fausts.consumer]
-    for committed in (None, *range(2, 200)):
-        place, offset, flying, reached = TP("raw", committed or 0), committed or 0, [], []
-        for consumer in consumers:
-            consumer._committed_offset[place] = committed
+    consumer: Any = faust_app(settings).consumer
+    for committed in range(1, 200):
+        place, offset = TP("raw", committed), committed
+        consumer._committed_offset[place] = committed
+        flying: list[int] = []
+        bundles: list[int] = []
+        acked: set[int] = set()
         for _ in range(30):
-            first = offset + rng.choice((0, 0, 0, 5))
-            last = first + rng.randrange(4)
-            for number, consumer in enumerate(consumers):
-                if last > offset:
-                    await consumer._add_gap(place, offset + (offset == committed), last - number)
+            last = offset + rng.choice((1, 2, 3, 3, 8))
+            await consumer._add_gap(place, offset + (offset == committed), last)
             offset = last + 1
             flying.append(last)
-            for acked in [flying.pop(0) for _ in range(rng.randrange(len(flying)))]:
-                if rng.random() < 0.01:
-                    continue  # it was dropped: nothing behind it may be committed
-                for consumer in consumers:
-                    consumer._acked[place].append(acked)
-                    consumer._acked_index[place].add(acked)
-            new, other = (consumer._new_offset(place) for consumer in consumers)
-            assert new == other
-            for consumer in consumers:
-                consumer._committed_offset[place] = new or consumer._committed_offset[place]
-            reached.append(new)
-        assert any(reached)
+            bundles.append(last)
+            for done in rng.sample(flying, rng.randrange(len(flying))):
+                flying.remove(done)
+                acked.add(done)
+                consumer._acked[place].append(done)
+                consumer._acked_index[place].add(done)
+            new = consumer._new_offset(place) or consumer._committed_offset[place]
+            reached = list(takewhile(acked.__contains__, bundles))
+            assert new == (reached[-1] + 1 if reached else committed)
+            consumer._committed_offset[place] = new
 
     place, far = TP("raw", 1_000), 10_000_000
-    ours.consumer._committed_offset[place] = 7
-    await ours.consumer._add_gap(place, 8, far)
-    ours.consumer._acked[place].append(far)
+    consumer._committed_offset[place] = 7
+    await consumer._add_gap(place, 8, far)
+    consumer._acked[place].append(far)
     tracemalloc.start()
-    assert ours.consumer._new_offset(place) == far + 1
+    assert consumer._new_offset(place) == far + 1
     assert tracemalloc.get_traced_memory()[1] < 100_000
     tracemalloc.stop()
+
+
+async def test_a_commit_does_not_stand_still_before_a_hole_behind_the_very_first_record(settings: Settings) -> None:
+    consumer: Any = faust_app(settings).consumer
+    place = TP("raw", 0)
+    consumer.resume_flow()
+    for offset in (0, 5):
+        record = ConsumerRecord("raw", 0, offset, 0, 0, None, b"", None, 0, 0, ())
+        consumer._wait_next_records = AsyncMock(return_value=({place: [record]}, None))
+        async for _ in consumer.getmany(0):
+            consumer._read_offset[place] = offset
+        consumer._acked[place].append(offset)
+        consumer._acked_index[place].add(offset)
+        assert consumer._new_offset(place) == offset + 1
+        consumer._committed_offset[place] = offset + 1
 
 
 async def _delete_all(settings: Settings) -> None:
