@@ -138,39 +138,42 @@ class Processor:
     def _take(self, stage: Stage, piece: Piece) -> None:
         record = piece.record
         offset = record.offset
-        partition = self._partitions.get((record.topic, record.partition))
+        place = record.topic, record.partition
+        partition = self._partitions.get(place)
         if partition is None:
-            partition = self._partitions[record.topic, record.partition] = Partition(stage)
-        continues, partition.expected = offset == partition.expected, offset + 1
-        if not continues:  # new here, or delivered from elsewhere: what is under way is for nothing
+            partition = self._partitions[place] = Partition(stage)
+        expected, partition.expected = partition.expected, offset + 1
+        if partition.rebuilding is not None and offset >= expected:
+            partition.waiting.append(piece)
+            if len(partition.waiting) > WAITING_RECORDS:
+                self._held.add(TP(record.topic, record.partition))
+        elif offset == expected:
+            self._process(partition, piece)
+        else:  # new here, or delivered from elsewhere: what is under way is for nothing
             if partition.rebuilding is not None:
                 partition.rebuilding.cancel()
                 self._held.discard(TP(record.topic, record.partition))
             partition.machine, partition.rebuilding, partition.waiting = None, None, deque([piece])
             if offset:
-                partition.rebuilding = asyncio.create_task(self._rebuild(partition, record))
+                partition.rebuilding = asyncio.create_task(self._rebuild(partition, TopicPartition(*place)))
                 return
             partition.machine = stage.make(record.partition, self._pipeline, 0, False, None)
             partition.next_offset = 0
             self._process(partition, partition.waiting.popleft())
-        elif partition.rebuilding is not None:
-            partition.waiting.append(piece)
-            if len(partition.waiting) > WAITING_RECORDS:
-                self._held.add(TP(record.topic, record.partition))
-        else:
-            self._process(partition, piece)
 
-    async def _rebuild(self, partition: Partition, first: Any) -> None:
-        """Brings a partition's state to where its delivery begins, then takes what has waited."""
+    async def _rebuild(self, partition: Partition, place: TopicPartition) -> None:
+        """Brings a partition's state to where its delivery begins, then takes what has waited; again behind a hole in
+        the log, whose records nobody can tell of."""
         started = time.perf_counter()
-        place = TopicPartition(first.topic, first.partition)
         try:
-            partition.machine = await rebuild(
-                self._settings, self._pipeline, partition.stage, place, first.offset, self._moved
-            )
-            partition.next_offset = first.offset
             while partition.waiting:
-                self._process(partition, partition.waiting.popleft())
+                piece = partition.waiting.popleft()
+                if piece.record.offset != partition.next_offset or partition.machine is None:
+                    at = partition.next_offset = piece.record.offset
+                    partition.machine = await rebuild(
+                        self._settings, self._pipeline, partition.stage, place, at, self._moved
+                    )
+                self._process(partition, piece)
                 if len(partition.waiting) % 100 == 99:
                     await asyncio.sleep(0)
                     await self._roomy.wait()
