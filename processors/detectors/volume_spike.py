@@ -1,7 +1,7 @@
 """A minute with far more volume than the pair's minutes usually have."""
 
 from collections.abc import Iterable, Sequence
-from math import exp, inf, log
+from math import exp, fsum, inf, log
 from typing import Annotated, Any
 
 import msgspec
@@ -62,7 +62,7 @@ class VolumeSpike(Detector):
         elif pair.window != window:
             self._turn(pair, window)
         sizes = [trade[1] for trade in trades]
-        pair.volume += sum(sizes)
+        pair.volume += fsum(sizes)
         pair.largest = max(pair.largest, *sizes)
         volume = pair.before + pair.volume - pair.largest
         if volume <= pair.limit or not self._onsets.begins(symbol, at):
@@ -80,9 +80,9 @@ class VolumeSpike(Detector):
         for ended in range(pair.window, min(window, pair.window + OF_A_MINUTE)):
             pair.recent = {w: volume for w, volume in pair.recent.items() if w > ended - OF_A_MINUTE}
             if pair.recent:
-                pair.past[ended] = log(sum(pair.recent.values()))
+                pair.past[ended] = log(fsum(pair.recent.values()))
         pair.recent = {w: volume for w, volume in pair.recent.items() if w > window - OF_A_MINUTE}
-        pair.before = sum(pair.recent.values())
+        pair.before = fsum(pair.recent.values())
         pair.window, pair.volume, pair.largest, pair.limit = window, 0.0, 0.0, inf
         while pair.past and (oldest := next(iter(pair.past))) < window - WINDOWS:
             del pair.past[oldest]
