@@ -30,6 +30,7 @@ RETRY_S = 0.25  # and twice as long after each failure in turn
 MOST_RETRY_S = 5.0
 IDLE_MS = 100
 GATHER_MS = 5  # how long a record may wait for others when the database is idle again
+STEP = 100  # records to read before the writing goes on, whose every answer waits for them
 MOST_BYTES = 16 * 1024**2  # of a batch, give or take what one read brings
 SLOW_S = 5.0
 FETCH_MS = 50
@@ -99,15 +100,15 @@ class Sink:
                 await self._written()
                 await self._position(consumer, places)
             # Without partitions as well: who does not ask for records for five minutes is out of the group.
-            batch = await consumer.getmany(
-                timeout_ms=GATHER_MS if self._gathered else IDLE_MS,
-                max_records=self._most - len(self._gathered),
-            )
+            step = min(STEP, self._most - len(self._gathered))
+            batch = await consumer.getmany(timeout_ms=GATHER_MS if self._gathered else IDLE_MS, max_records=step)
+            await asyncio.sleep(0)  # `getmany` does not wait while it holds records, and the writing needs its turns
             # Records that came with another assignment are not from our positions on, but from Kafka's.
             if self._positioned is None or self._positioned is not self._assignment.places:
                 return
-            self._gather([record for records in batch.values() for record in records])
-            await self._pass_on()
+            records = [record for each in batch.values() for record in each]
+            self._gather(records)
+            await self._pass_on(more=len(records) == step)
             self._show(consumer)
             if batch:
                 self._moved_at = time.monotonic()
@@ -181,10 +182,11 @@ class Sink:
             self._gathered.append((record, made))
             self._size += len(record.value or b"")
 
-    async def _pass_on(self) -> None:
-        """To the database, as soon as it is through with the batch before; waits for that when enough has gathered."""
+    async def _pass_on(self, more: bool) -> None:
+        """To the database, as soon as it is through with the batch before and no `more` are at hand; waits for it when
+        enough has gathered."""
         full = len(self._gathered) >= self._most or self._size >= MOST_BYTES
-        if full or self._writing is None or self._writing.done():
+        if full or (not more and (self._writing is None or self._writing.done())):
             await self._written()
             if self._gathered:
                 self._in_hand, self._since = len(self._gathered), time.monotonic()
