@@ -15,6 +15,9 @@ import msgspec
 
 from schemas import events, topics
 
+#: Ends the `insert` of a table without a channel.
+FIRST_STAYS = " ON CONFLICT DO NOTHING"
+
 
 class Table(NamedTuple):
     """One destination: a consumer group of its own reads `topics` into `name`.
@@ -101,7 +104,7 @@ def _kept(
 ) -> Table:
     """The first of each key stays."""
     columns, selected = _selected(event, time)
-    insert = f"INSERT INTO {name} ({columns}) SELECT {selected} FROM staged ON CONFLICT DO NOTHING{_returning(told)}"
+    insert = f"INSERT INTO {name} ({columns}) SELECT {selected} FROM staged{FIRST_STAYS}{_returning(told)}"
     return Table(sink, name, (topic,), _columns(event), _lines(decode), selected, insert, channel)
 
 
