@@ -131,11 +131,7 @@ class Injector:
         return found
 
     def label(self, kind: str, what: str, pair: str, index: int, within_s: float = 2.5, *explains: str) -> None:
-        self.labels.append(Label(kind, what, symbol(pair), self.events[index].ns, within_s, explains))
-
-
-def symbol(pair: str) -> str:
-    return wire.symbol_of(pair)
+        self.labels.append(Label(kind, what, wire.symbol_of(pair), self.events[index].ns, within_s, explains))
 
 
 def prints(injector: Injector) -> None:

@@ -146,13 +146,13 @@ class Processor:
         if partition.rebuilding is not None and offset >= expected:
             partition.waiting.append(piece)
             if len(partition.waiting) > WAITING_RECORDS:
-                self._held.add(TP(record.topic, record.partition))
+                self._held.add(TP(*place))
         elif offset == expected:
             self._process(partition, piece)
         else:  # new here, or delivered from elsewhere: what is under way is for nothing
             if partition.rebuilding is not None:
                 partition.rebuilding.cancel()
-                self._held.discard(TP(record.topic, record.partition))
+                self._held.discard(TP(*place))
             partition.machine, partition.rebuilding, partition.waiting = None, None, deque([piece])
             if offset:
                 partition.rebuilding = asyncio.create_task(self._rebuild(partition, TopicPartition(*place)))

@@ -21,7 +21,7 @@ from sinks.merging import Hour, merge, mergeable
 from tapedeck import kafka, metrics
 from tapedeck.archive import Archive, Damaged, tables_of
 from tapedeck.errors import UsageError
-from tapedeck.history import Entry
+from tapedeck.history import Entry, entry_of
 from tapedeck.shell import Shell
 from tapedeck.spans import HOUR_MS, Part, Span, hour_of
 
@@ -54,11 +54,6 @@ def cut(place: TopicPartition, position: int, entries: Sequence[Entry]) -> Itera
         span = Span(position, held[-1].offset + 1, hour, place.topic, place.partition)
         position = span.end
         yield span, held
-
-
-def entry_of(record: Any) -> Entry:
-    """A record as Kafka's client gives it."""
-    return Entry(record.partition, record.offset, record.timestamp, record.key, list(record.headers), record.value)
 
 
 class ArchiveSink:

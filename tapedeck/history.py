@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
+from aiokafka.structs import ConsumerRecord
 
 from schemas.topics import Topic
 from tapedeck import kafka
@@ -35,6 +36,11 @@ class Entry(NamedTuple):
     key: bytes | None
     headers: list[tuple[str, bytes]]
     value: bytes | None
+
+
+def entry_of(record: ConsumerRecord[bytes, bytes]) -> Entry:
+    """A record as Kafka's client gives it."""
+    return Entry(record.partition, record.offset, record.timestamp, record.key, list(record.headers), record.value)
 
 
 class History(Protocol):
@@ -107,11 +113,7 @@ class _Kafka:
                     f"{self._place.topic}[{self._place.partition}] lost records {position} to {found - 1} to retention "
                     "while it was being read: run it again, or choose a later time"
                 )
-            if entries := [
-                Entry(r.partition, r.offset, r.timestamp, r.key, list(r.headers), r.value)
-                for r in records
-                if r.offset < end
-            ]:
+            if entries := [entry_of(record) for record in records if record.offset < end]:
                 yield entries
             position += len(records)
             await asyncio.sleep(0)
