@@ -203,7 +203,7 @@ async def test_a_topic_that_takes_no_such_record_any_more_is_told_of_once_and_co
     (port,) = free_ports(1)
     producer = produce(http_port=port)
     await flows(market)
-    await configure(settings, max_message_bytes="1000")
+    await configure(settings, max_message_bytes="100")
     await says(producer, "raise its max.message.bytes to 25165824", 20)
     await flows(market, 4)
     async with aiohttp.ClientSession() as http:
