@@ -101,9 +101,8 @@ class Processor:
         await self._publisher.start()
 
     async def stop(self) -> None:
-        for partition in self._partitions.values():
-            if partition.rebuilding:
-                partition.rebuilding.cancel()
+        for place in self._partitions:
+            self._give_up(place)
         await self._publisher.stop()
 
     def assigned(self, *_: Any, **__: Any) -> None:
@@ -112,10 +111,14 @@ class Processor:
         self._shell.health["partitions"] = None
         places = {(tp.topic, tp.partition) for tp in self._app.consumer.assignment()}
         for place in self._partitions.keys() - places:
-            partition = self._partitions.pop(place)
-            if partition.rebuilding:
-                partition.rebuilding.cancel()
-                self._held.discard(TP(*place))
+            self._give_up(place)
+            del self._partitions[place]
+
+    def _give_up(self, place: tuple[str, int]) -> None:
+        """A rebuild that is under way."""
+        if rebuilding := self._partitions[place].rebuilding:
+            rebuilding.cancel()
+            self._held.discard(TP(*place))
 
     def agent(self, stage: Stage) -> Callable[[Any], Awaitable[None]]:
         """Consumes the stage's topic. It never ends by an exception of its own."""
@@ -150,9 +153,7 @@ class Processor:
         elif offset == expected:
             self._process(partition, piece)
         else:  # new here, or delivered from elsewhere: what is under way is for nothing
-            if partition.rebuilding is not None:
-                partition.rebuilding.cancel()
-                self._held.discard(TP(*place))
+            self._give_up(place)
             partition.machine, partition.rebuilding, partition.waiting = None, None, deque([piece])
             if offset:
                 partition.rebuilding = asyncio.create_task(self._rebuild(partition, TopicPartition(*place)))
