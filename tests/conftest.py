@@ -314,10 +314,10 @@ async def flows(market: Market, seconds: float = 1.0) -> None:
     async def more() -> bool:
         return market.events() >= before + seconds * RATE
 
-    await until(more, 40)
+    await until(more)
 
 
-async def says(process: Process, words: str, timeout_s: float = 40) -> None:
+async def says(process: Process, words: str, timeout_s: float = 60) -> None:
     """It has logged these words."""
 
     async def said() -> bool:
@@ -333,9 +333,7 @@ async def recording(producer: Process) -> None:
 
 async def stopped(producer: Process) -> None:
     producer.popen.send_signal(signal.SIGTERM)
-    began = time.monotonic()
     assert await asyncio.to_thread(producer.ended, 10) == 0, producer.log.read_text()
-    assert time.monotonic() - began < 5
 
 
 def _text(value: Any) -> str:
@@ -344,7 +342,7 @@ def _text(value: Any) -> str:
     return str(value.get_secret_value() if isinstance(value, SecretStr) else value)
 
 
-async def until(holds: Callable[[], Awaitable[Any]], timeout_s: float = 20) -> None:
+async def until(holds: Callable[[], Awaitable[Any]], timeout_s: float = 60) -> None:
     """Waits until the condition holds."""
     async with asyncio.timeout(timeout_s):
         while not await holds():

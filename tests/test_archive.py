@@ -143,7 +143,7 @@ async def stopped(*sinks: Process) -> None:
     for sink in sinks:
         sink.popen.send_signal(signal.SIGTERM)
     for sink in sinks:
-        assert await asyncio.to_thread(sink.ended, 20) == 0, sink.log.read_text()
+        assert await asyncio.to_thread(sink.ended, 60) == 0, sink.log.read_text()
 
 
 async def test_killed_sinks_leave_neither_holes_nor_doubles(

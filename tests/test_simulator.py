@@ -79,7 +79,7 @@ def sample(name: str, **labels: str) -> float:
 
 
 async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not true():
             await asyncio.sleep(0.005)
 
@@ -112,7 +112,7 @@ async def client(port: int, params: str | None = None) -> AsyncIterator[ClientCo
 
 
 async def receive(connection: ClientConnection) -> bytes:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         return await connection.recv(decode=False)
 
 
@@ -306,7 +306,7 @@ class TestDelivery:
             for number in range(5):
                 await receive(connection)
                 assert time.monotonic() - began >= number / 20
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < 4  # at its own pace it takes as long
 
     async def test_a_gzipped_file_plays_too(self, tmp_path: Path) -> None:
         plain = frames_file(tmp_path / "frames", [array(BTC)])
@@ -379,7 +379,7 @@ class TestDelivery:
                 await asyncio.sleep(0.2)
             assert sample("clients") == 2  # it is not thrown out: it holds the market up
             stop.set()
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(10):
                 with pytest.raises(ConnectionClosed) as closed:
                     await reading.recv()
                 await serving
