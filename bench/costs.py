@@ -26,11 +26,12 @@ from bench.speed import SINGLE, Input, input_of, ours
 from bench.stand import Stand
 from bench.tape import Tape
 from processors import stages
-from processors.service import GC_EVERY, Batches, no_batches
+from processors.service import Batches, no_batches
 from processors.settings import PipelineSettings
 from producers.slicer import SlicerSettings
 from schemas import topics
 from tapedeck import kafka
+from tapedeck.garbage import collect_seldom
 
 ROOT = str(Path(processors.__file__).parent.parent) + "/"
 SAMPLE_S = 0.001
@@ -122,8 +123,7 @@ def work(records: Sequence[Raw], events: int) -> Work:
     batches: Batches = no_batches()
     waiting = 0
     gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_EVERY)
+    collect_seldom()
     with Sampler() as sampler:
         began = time.process_time()
         for partition, timestamp_ms, headers, value, offset in records:

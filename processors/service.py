@@ -6,7 +6,6 @@ acknowledged, in order, after the broker took everything made from it; any unexp
 """
 
 import asyncio
-import gc
 import tempfile
 import time
 from collections import defaultdict, deque
@@ -40,8 +39,6 @@ LINGER_S = 0.004  # rounds of a few records cost as much as rounds of a thousand
 FETCH_BYTES = 256 * 1024  # of a partition at a time, packed; a larger record comes alone. All of it is unpacked at once
 WAITING_RECORDS = 1_000  # records of a partition that is being rebuilt, past which it is not read on
 STALLED_S = 60.0
-
-GC_EVERY = 50_000  # objects; at Python's 700 the collector takes a twelfth of the time, and finds next to nothing
 
 Batches = defaultdict[int, defaultdict[str, list[Output]]]
 """By partition and topic."""
@@ -336,8 +333,6 @@ async def run(shell: Shell) -> None:
         name = settings.topic_prefix + stage.topic.name
         topic = app.topic(name, value_type=bytes, value_serializer="raw", key_type=bytes)
         app.agent(topic, name=stage.topic.name)(processor.agent(stage))
-    gc.freeze()
-    gc.set_threshold(GC_EVERY)
     flushing = asyncio.create_task(processor.flush())
     serving = asyncio.create_task(_serve(app))
     watching = asyncio.create_task(processor.watch())

@@ -14,7 +14,8 @@ def replayed(
     number; what names no pair stays."""
     if symbols and value and ("kind", b"slice") in headers:
         value = _filtered(value, symbols)
-    return [(name, src if name == "src" else data) for name, data in headers], value
+    ours = ("src", src)
+    return [ours if header[0] == "src" else header for header in headers], value
 
 
 def wanted(headers: Headers, symbols: frozenset[str]) -> bool:

@@ -105,7 +105,9 @@ from_source = click.option(
 def main() -> NoReturn:
     """The entry point: expected errors are one line on standard error, with exit code 1 or 2."""
     from tapedeck.errors import TapedeckError
+    from tapedeck.garbage import collect_seldom
 
+    collect_seldom()
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as error:

@@ -10,6 +10,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
 
 from tapedeck.errors import TapedeckError
+from tapedeck.garbage import collect_seldom
 
 T = TypeVar("T")
 Work = Callable[[int], AsyncIterator[T]]
@@ -68,6 +69,7 @@ def _ready(pipes: list[Any]) -> list[Any]:
 
 def _run(pipe: Connection, work: Work[Any], begin: Callable[[], object]) -> None:
     """A child: numbers in; what the work gives out, None after the last of a number, or why it failed."""
+    collect_seldom()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C goes to all, and the parent ends us
     try:
         begin()

@@ -57,7 +57,7 @@ class Embedded:
             )
 
     def wait_ready(self) -> None:
-        assert self._service.ready(120), self._service.log_tail()
+        assert self._service.ready(240), self._service.log_tail()
 
     def kill(self) -> None:
         self.process.kill()

@@ -100,7 +100,7 @@ def assert_ok(result: dict[str, Any]) -> None:
 
 def assert_only(result: dict[str, Any], *allowed: str) -> None:
     """Nothing may be wrong but what is allowed."""
-    assert all(complaint.startswith(allowed) for complaint in result["complaints"]), result
+    assert all(complaint.startswith(allowed) for complaint in result["complaints"]), result["complaints"]
 
 
 def assert_only_too_short(result: dict[str, Any]) -> None:
@@ -177,7 +177,7 @@ def test_everything_but_the_producer_may_be_killed_and_every_event_is_stored(fol
 
 
 def test_a_killed_producer_marks_its_absence_and_not_much_more(folder: Path) -> None:
-    demo = Demo(folder, "--seconds", "11", "--speed", "1", "--symbols", "BTC-USD,ETH-USD")
+    demo = Demo(folder, "--seconds", "20", "--speed", "1", "--symbols", "BTC-USD,ETH-USD")
     demo.flowing(300)
     killed = time.time()
     old = demo.part("tapedeck", "produce")
@@ -186,6 +186,7 @@ def test_a_killed_producer_marks_its_absence_and_not_much_more(folder: Path) -> 
         time.sleep(0.01)
     log = folder / "produce.log"
     while log.read_text().count("subscribed") < 2:
+        assert demo.process.poll() is None, "the demo was over before its producer was back"
         time.sleep(0.01)
     absent = time.time() - killed
     result = demo.result()
@@ -216,7 +217,7 @@ def test_ctrl_c_stops_in_order_and_soon_and_a_killed_demo_leaves_a_clean_folder(
     result = again.result()
     took = time.monotonic() - began
     assert not leftovers(folder)
-    assert took < 10  # five where nobody else is at work
+    assert took < 20  # five where nobody else is at work
     # So short a run may see no aggregate, and on a machine that is too busy it says so.
     assert_only(result, "no final bar", "nothing was sent on XA", "what was on its way")
     assert result["left_over"] == result["extra"] == result["bars_wrong"] == result["bars_missing"] == 0
