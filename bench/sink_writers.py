@@ -20,6 +20,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from schemas import events, topics
 from sinks import assignment, service, tables
 from tapedeck import database, settings
+from tapedeck.garbage import collect_seldom
 from tapedeck.shell import Shell
 
 BATCH = 5_000
@@ -40,6 +41,7 @@ class Timed(AIOKafkaConsumer):  # type: ignore[misc]
 
 
 async def tapedeck(total: int) -> None:
+    collect_seldom()  # as the process of a sink does
     assignment.AIOKafkaConsumer = Timed  # type: ignore[misc]
     sink = service.Sink(Shell(settings.load(), "sink"), tables.TRADES)
     running = asyncio.create_task(sink.run())

@@ -225,7 +225,7 @@ async def size(stand: Stand, url: str, total: int) -> tuple[Table, Table]:
         whole.add_column(name, justify="right")
     for name in ("type", "COPY, µs/row", "bytes", "columnstore bytes", "values that changed"):
         types.add_column(name, justify="left" if name == "type" else "right")
-    lines = [tables.TRADES.line(events.encode(trade)) or "" for trade in trades(total)]
+    lines = [tables.TRADES.line(events.encode(trade)) or b"" for trade in trades(total)]
     hard = ("0.0000000001", "1000000000", "0.000000000000000001", "123456.789012345678")
     async with fresh(stand, url) as (_, connection):
         chunked = await connection.fetchval("SELECT count(*) FROM pg_extension WHERE extname = 'timescaledb'")
@@ -263,9 +263,9 @@ async def size(stand: Stand, url: str, total: int) -> tuple[Table, Table]:
     return whole, types
 
 
-async def _copy(connection: asyncpg.Connection, name: str, lines: list[str]) -> None:
+async def _copy(connection: asyncpg.Connection, name: str, lines: list[bytes]) -> None:
     async def source() -> AsyncIterator[bytes]:
-        yield "".join(lines).encode()
+        yield b"".join(lines)
 
     await connection.copy_to_table(name, source=source(), columns=list(tables.TRADES.columns))
 

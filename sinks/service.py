@@ -42,7 +42,7 @@ STALL_S = 30.0  # aiokafka's fetching has ended in silence (its issue 983): look
 
 
 #: A record, and the row it makes; None for a marker.
-_Entry = tuple[Any, str | writer.Refused | None]
+_Entry = tuple[Any, bytes | writer.Refused | None]
 
 
 class Sink:
@@ -174,7 +174,7 @@ class Sink:
     def _gather(self, records: Sequence[Any]) -> None:
         line = self._table.line
         for record in records:
-            made: str | writer.Refused | None
+            made: bytes | writer.Refused | None
             try:
                 made = line(record.value or b"")  # b"" for a null, which is no event either
             except (ValueError, RecursionError) as error:
@@ -226,7 +226,7 @@ class Sink:
         # Place by place, in order: the last offset of each is the one that stays.
         ends = {(record.topic, record.partition): record.offset + 1 for record, _ in entries}
         moves = {(at := TopicPartition(*place)): (self._positions[at], end) for place, end in ends.items()}
-        lines = [made for _, made in entries if isinstance(made, str)]
+        lines = [made for _, made in entries if isinstance(made, bytes)]
         refused = [made for _, made in entries if isinstance(made, writer.Refused)]
         started = time.perf_counter()
         try:

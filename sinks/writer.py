@@ -87,7 +87,7 @@ async def stage(connection: asyncpg.Connection, table: Table) -> None:
 
 
 async def write(
-    connection: asyncpg.Connection, table: Table, lines: Sequence[str], moves: Moves, refused: Sequence[Refused] = ()
+    connection: asyncpg.Connection, table: Table, lines: Sequence[bytes], moves: Moves, refused: Sequence[Refused] = ()
 ) -> int:
     """Writes rows and moves offsets (place to expected and new) together; returns the rows changed. Records that are
     `refused` are kept beside, whole; again after the offsets were set back, that is a no-op too.
@@ -123,9 +123,9 @@ async def lose(connection: asyncpg.Connection, table: Table, place: TopicPartiti
         )
 
 
-async def source(lines: Sequence[str]) -> AsyncIterator[bytes]:
+async def source(lines: Sequence[bytes]) -> AsyncIterator[bytes]:
     """The lines as COPY wants them."""
-    yield "".join(lines).encode()
+    yield b"".join(lines)
 
 
 _MOVE = """

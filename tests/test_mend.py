@@ -35,7 +35,7 @@ async def store(db: asyncpg.Connection, table: tables.Table, made: Iterable[even
     """As a sink does; how many rows it changed."""
     await writer.stage(db, table)
     at = (await writer.offsets(db, table, [PLACE]))[PLACE]
-    lines = [table.line(events.encode(event)) or "" for event in made]
+    lines = [table.line(events.encode(event)) or b"" for event in made]
     return await writer.write(db, table, lines, {PLACE: (at, at + len(lines))})
 
 

@@ -664,7 +664,7 @@ async def test_a_batch_that_takes_too_long_is_halved_down_to_a_record_and_grows_
     sizes: list[int] = []
     write = writer.write
 
-    async def noted(connection: Any, table: tables.Table, lines: list[str], *others: Any) -> int:
+    async def noted(connection: Any, table: tables.Table, lines: list[bytes], *others: Any) -> int:
         sizes.append(len(lines))
         return await write(connection, table, lines, *others)
 
@@ -721,7 +721,7 @@ async def test_a_zombie_writes_nothing_and_without_the_guard_it_would(
     assert await writer.offsets(owner, tables.QUOTES, [place]) == {place: 0}
 
     async def write(connection: asyncpg.Connection, at: int, numbers: list[int]) -> None:
-        lines = [tables.QUOTES.line(events.encode(quote(n))) or "" for n in numbers]
+        lines = [tables.QUOTES.line(events.encode(quote(n))) or b"" for n in numbers]
         await writer.write(connection, tables.QUOTES, lines, {place: (at, at + len(numbers))})
 
     async def sound() -> bool:
