@@ -647,9 +647,30 @@ async def test_a_slow_database_holds_up_the_reading_and_nothing_else(
             for _ in range(5):
                 await load.burst(100)
             await until(partial(says, shell, "database: slow"))
-            assert len(sinks[0]._gathered) <= 100
+            assert len(sinks[0]._gathered) == 100  # the reading went on, and no further
         await all_once(db, load)
         await until(partial(says, shell, None))
+
+
+async def test_the_writing_has_its_turns_while_thousands_of_records_are_at_hand(
+    settings: Settings, publish: Publish, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each answer of the database's waits for the loop that reads."""
+    runs = [0]  # records read between two turns of the loop
+    turns = asyncio.get_running_loop().call_soon
+
+    def line(value: bytes) -> bytes | None:
+        if not runs[-1]:
+            turns(runs.append, 0)
+        runs[-1] += 1
+        return tables.QUOTES.line(value)
+
+    monkeypatch.setattr(service, "ALL", [tables.QUOTES._replace(line=line)])
+    await publish(topics.QUOTES, 0, [quote(n) for n in range(3_000)])
+    async with sinking(settings, "quotes"):
+        await reaches(db, tables.QUOTES, 3_000)
+    assert sum(runs) == 3_000
+    assert max(runs) <= 300
 
 
 SLEEPY = """
