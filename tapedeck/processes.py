@@ -2,9 +2,11 @@
 
 import asyncio
 import multiprocessing
+import pickle
 import signal
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
@@ -40,8 +42,11 @@ async def spread(
             theirs.close()  # so that its end is seen
         while children:
             for pipe in await asyncio.to_thread(_ready, list(children)):
+                following = None
                 try:
                     found = pipe.recv()
+                    if found is None and (following := next(waiting, None)) is not None:
+                        pipe.send(following)
                 except (EOFError, ConnectionError):  # the latter where it left something unread
                     children[pipe].join()
                     raise TapedeckError(
@@ -52,12 +57,8 @@ async def spread(
                     raise found
                 if found is not None:
                     yield found
-                    continue
-                following = next(waiting, None)
-                if following is None:
+                elif following is None:
                     children.pop(pipe).terminate()
-                else:
-                    pipe.send(following)
     finally:
         for child in children.values():
             child.terminate()
@@ -74,11 +75,19 @@ def _run(pipe: Connection, work: Work[Any], begin: Callable[[], object]) -> None
     try:
         begin()
         asyncio.run(_give(pipe, work))
-    except (EOFError, BrokenPipeError):  # the parent is gone
-        pass
     except Exception as error:
-        error.add_note(traceback.format_exc())
-        pipe.send(error)
+        with suppress(BrokenPipeError):  # the parent is gone
+            pipe.send(_carried(error))
+
+
+def _carried(error: Exception) -> Exception:
+    """An error that can be sent: the same, or what it says."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(traceback.format_exc())
+    return error
 
 
 async def _give(pipe: Connection, work: Work[Any]) -> None:

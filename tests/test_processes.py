@@ -4,7 +4,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
 import pytest
@@ -22,6 +22,25 @@ async def one_wrong(number: int) -> AsyncIterator[int]:
     yield number
     if number == 1:
         raise UsageError("there is no such thing")
+
+
+class Odd(Exception):
+    """It can be pickled, and not be made again."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one}, not {other}")
+
+
+async def one_odd(number: int) -> AsyncIterator[int]:
+    yield number
+    if number == 1:
+        raise Odd("this", "that")
+
+
+async def one_at_its_end(number: int) -> AsyncIterator[int]:
+    yield number
+    if number == 1:
+        raise EOFError("a file that was cut off")
 
 
 async def one_killed(number: int) -> AsyncIterator[int]:
@@ -52,6 +71,30 @@ async def test_every_number_is_worked_at_once_and_what_it_gives_keeps_its_order(
 async def test_what_the_work_raises_is_raised_here() -> None:
     with pytest.raises(UsageError, match="no such thing"):
         _ = [each async for each in spread(one_wrong, range(3), 2)]
+
+
+@pytest.mark.parametrize(
+    ("work", "says"), [(one_odd, "Odd: this, not that"), (one_at_its_end, "a file that was cut off")]
+)
+async def test_what_it_raises_is_told_though_it_cannot_be_sent_or_is_what_a_closed_pipe_raises(
+    work: Callable[[int], AsyncIterator[int]], says: str
+) -> None:
+    with pytest.raises((RuntimeError, EOFError), match=says):
+        _ = [each async for each in spread(work, range(3), 2)]
+
+
+async def test_a_process_that_is_killed_between_two_numbers_is_an_error_too() -> None:
+    async def until_killed() -> None:
+        async for _, place, pid in spread(squares, range(9), 2):
+            if place == 2:
+                await asyncio.sleep(0.5)  # by then it asks for another number
+                child = next(child for child in multiprocessing.active_children() if child.pid == pid)
+                child.kill()
+                child.join()
+
+    with pytest.raises(TapedeckError, match="exit code -9"):
+        await until_killed()
+    await ended()
 
 
 async def test_a_process_that_is_killed_is_an_error_and_the_others_end() -> None:
