@@ -19,7 +19,7 @@ from schemas import topics, wire
 from schemas.events import NS_PER_MS, MinuteClosed, decode_bar, decode_gap
 from tapedeck import kafka
 from tapedeck.errors import TapedeckError
-from tapedeck.history import History, open_history
+from tapedeck.history import History, open_history, timestamp_at
 from tapedeck.settings import Settings
 
 
@@ -34,7 +34,7 @@ async def replay(
 ) -> Machine:
     """The stage as it stands before `offset`. Pure but for what the log does. `lost_since` is asked for what Pipeline
     calls so, where the log begins too late; `moved` is told each time that it got on."""
-    newest_ms = await log.timestamp_ms(offset - 1) if offset > log.begin else 0
+    newest_ms = await timestamp_at(log, offset - 1) if offset > log.begin else 0
     memory_ms = -(-stage.make(partition, settings, 0, False, None).memory_ns // NS_PER_MS)
     while True:
         found = await log.first_since(max(0, newest_ms - memory_ms))
@@ -67,7 +67,7 @@ async def rebuild(
         async with open_history(settings, "kafka", stage.topic, place.partition) as log:
 
             async def lost_since() -> int | None:
-                first_ms = await log.timestamp_ms(log.begin)
+                first_ms = await timestamp_at(log, log.begin)
                 return await _worked_through(settings, place.partition, first_ms) if stage is RAW else None
 
             return await replay(log, stage, place.partition, pipeline, offset, lost_since, moved)

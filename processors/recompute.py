@@ -24,7 +24,7 @@ from schemas import topics
 from schemas.events import MINUTE_NS, NS_PER_MS, NS_PER_S, MinuteClosed, Missed, decode_bar, encode
 from tapedeck import kafka, logs
 from tapedeck.errors import TapedeckError
-from tapedeck.history import History, Source, open_history
+from tapedeck.history import History, Source, open_history, timestamp_at
 from tapedeck.processes import spread
 from tapedeck.settings import Settings
 
@@ -184,7 +184,7 @@ class Partition(NamedTuple):
             assert isinstance(state, Pipeline)
             await self._note(known, log, topics.RAW, number, state.memory_ns + ahead_ns, last)
             if log.begin < log.end:
-                known.begins.append(await log.timestamp_ms(log.begin) * NS_PER_MS)
+                known.begins.append(await timestamp_at(log, log.begin) * NS_PER_MS)
             else:  # nothing is known of it, if there is more elsewhere
                 known.ticks.append(0)
             recv = done = 0
@@ -228,7 +228,7 @@ class Partition(NamedTuple):
         known.ends[TopicPartition(self.settings.topic_prefix + topic.name, number)] = end
         if log.begin:
             left = log.begin < log.end
-            begin = await log.timestamp_ms(log.begin) * NS_PER_MS if left else self.until
+            begin = await timestamp_at(log, log.begin) * NS_PER_MS if left else self.until
             known.deleted.append(begin + memory_ns)
 
 

@@ -7,6 +7,7 @@ import asyncio
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -49,14 +50,20 @@ class History(Protocol):
     begin: int
     end: int
 
-    async def timestamp_ms(self, offset: int) -> int:
-        """The timestamp of the record at an offset."""
-
     async def first_since(self, timestamp_ms: int) -> int:
         """The offset of the first record, in the order of offsets, that is not older; `end` where there is none."""
 
     def batches(self, first: int, end: int) -> AsyncIterator[list[Entry]]:
         """The records from `first` to before `end`, in order. Gives way between batches."""
+
+
+async def timestamp_at(log: History, offset: int) -> int:
+    """The timestamp (ms) of the record at an offset. Where none has it, for what ends a transaction takes an offset
+    too, of the one before, or else of the next. There must be one; raises TapedeckError."""
+    for at in chain(range(offset, log.begin - 1, -1), range(offset + 1, log.end)):
+        async for entries in log.batches(at, at + 1):
+            return entries[0].timestamp_ms
+    raise TapedeckError(f"the log has no record at offset {offset}, none before it and none behind it")
 
 
 def open_history(
@@ -91,11 +98,6 @@ class _Kafka:
         self._place = place
         self.begin, self.end = begin, end
 
-    async def timestamp_ms(self, offset: int) -> int:
-        self._reader.seek(self._place, offset)
-        timestamp: int = (await self._reader.getone(self._place)).timestamp
-        return timestamp
-
     async def first_since(self, timestamp_ms: int) -> int:
         found = (await self._reader.offsets_for_times({self._place: timestamp_ms}))[self._place]
         return found.offset if found else self.end
@@ -108,14 +110,16 @@ class _Kafka:
             batches = await self._reader.getmany(self._place, timeout_ms=1000, max_records=BATCH_RECORDS)
             records = batches.get(self._place, ())
             found = records[0].offset if records else await self._reader.position(self._place)
-            if found != position:  # the consumer went on at what was then the beginning
-                raise TapedeckError(
-                    f"{self._place.topic}[{self._place.partition}] lost records {position} to {found - 1} to retention "
-                    "while it was being read: run it again, or choose a later time"
-                )
+            if found != position:  # at what is now the beginning, or behind what ends a transaction: that has an offset
+                begin = (await self._reader.beginning_offsets([self._place]))[self._place]
+                if begin > position:
+                    raise TapedeckError(
+                        f"{self._place.topic}[{self._place.partition}] lost records {position} to {begin - 1} to "
+                        "retention while it was being read: run it again, or choose a later time"
+                    )
             if entries := [entry_of(record) for record in records if record.offset < end]:
                 yield entries
-            position += len(records)
+            position = records[-1].offset + 1 if records else found
             await asyncio.sleep(0)
 
 
@@ -146,11 +150,6 @@ class _Archive:
         self._parts = parts_of(span for span in spans if span.partition == self._partition)
         if self._parts:
             self.begin, self.end = self._parts[0].first, self._parts[-1].end
-
-    async def timestamp_ms(self, offset: int) -> int:
-        async for entries in self.batches(offset, offset + 1):
-            return entries[0].timestamp_ms
-        raise TapedeckError(f"the archive has no record {offset} of {self._topic}[{self._partition}]")
 
     async def first_since(self, timestamp_ms: int) -> int:
         for part in list(self._parts):

@@ -15,7 +15,7 @@ from typing import Any
 
 import duckdb
 import pytest
-from aiokafka import TopicPartition
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from conftest import Process, Spawn, until
 from pydantic import SecretStr
@@ -37,8 +37,9 @@ from sinks.merging import Hour, merge, mergeable
 from tapedeck import kafka as clients
 from tapedeck import metrics
 from tapedeck.archive import Archive, table_of
+from tapedeck.dump import dump
 from tapedeck.errors import TapedeckError, UsageError
-from tapedeck.history import Entry, Source, open_history
+from tapedeck.history import Entry, Source, open_history, timestamp_at
 from tapedeck.settings import Settings
 from tapedeck.shell import Shell
 from tapedeck.spans import HOUR_MS, Span
@@ -452,7 +453,7 @@ async def test_a_reader_goes_on_when_a_merge_takes_its_file(settings: Settings) 
         read += [entry async for entries in batches for entry in entries]
         assert read == made(5, 38)
         assert await log.first_since(17) == 17
-        assert await log.timestamp_ms(39) == 39
+        assert await timestamp_at(log, 39) == 39
         assert await log.first_since(40) == log.end == 40
 
 
@@ -466,3 +467,23 @@ async def test_who_reads_what_retention_just_took_is_told_so(
         await deleted(settings, place, 10 - left)
         with pytest.raises(TapedeckError, match=rf"\[3\] lost records 2 to {9 - left} to retention"):
             await anext(log.batches(2, log.end))
+
+
+async def test_what_ends_a_transaction_takes_an_offset_and_is_no_record_that_is_missing(
+    settings: Settings, publisher: clients.Publisher
+) -> None:
+    """As where somebody copies a log in transactions."""
+    topic = settings.topic_prefix + topics.RAW.name
+    copier = AIOKafkaProducer(**settings.kafka_options(), transactional_id=topic)
+    await copier.start()
+    for first in (0, 2):
+        async with copier.transaction():
+            for n in (first, first + 1):
+                await copier.send_and_wait(topic, b"%d" % n, partition=3, timestamp_ms=n)
+    await copier.stop()
+    async with open_history(settings, "kafka", topics.RAW, 3) as log:
+        assert log.end == 6
+        read = [entry async for entries in log.batches(0, log.end) for entry in entries]
+        assert [(entry.offset, entry.value) for entry in read] == [(0, b"0"), (1, b"1"), (3, b"2"), (4, b"3")]
+        assert [await timestamp_at(log, offset) for offset in range(6)] == [0, 1, 1, 2, 3, 3]
+    assert await dump(settings, Path("/dev/null")) == 4

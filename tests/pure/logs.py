@@ -453,9 +453,6 @@ class MemoryLog:
         self._records = records
         self.begin, self.end = begin, len(records)
 
-    async def timestamp_ms(self, offset: int) -> int:
-        return self._records[offset].timestamp_ms
-
     async def first_since(self, timestamp_ms: int) -> int:
         later = (o for o in range(self.begin, self.end) if self._records[o].timestamp_ms >= timestamp_ms)
         return next(later, self.end)

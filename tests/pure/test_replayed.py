@@ -62,9 +62,6 @@ class Middle:
 
     begin, end = 5, 8
 
-    async def timestamp_ms(self, offset: int) -> int:
-        return offset
-
     async def first_since(self, timestamp_ms: int) -> int:
         return timestamp_ms
 
