@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from aiokafka.structs import ConsumerRecord
@@ -66,6 +66,18 @@ def market_log(folder: Path, rate: int, seconds: float) -> list[RawRecord]:
     write_frames(frames, rate, seconds, per_frame=10, begin_ms=begin_ms - begin_ms % 60_000)
     streams = ["XT", "XQ", "XA"]
     return list(records_of(disturbed(read_frames(frames), 1), SlicerSettings(), streams, ["*"]))
+
+
+async def send_in_transaction(settings: Settings, records: Iterable[RawRecord]) -> None:
+    """As somebody does who copies a log and wants each record once."""
+    topic = settings.topic_prefix + topics.RAW.name
+    copier = AIOKafkaProducer(**settings.kafka_options(), transactional_id=topic)
+    await copier.start()
+    async with copier.transaction():
+        for r in records:
+            place = {"partition": r.partition, "timestamp_ms": r.timestamp_ms}
+            await copier.send_and_wait(topic, r.value, headers=r.headers(), **place)
+    await copier.stop()
 
 
 POISON = (
@@ -324,9 +336,10 @@ async def test_a_worker_that_does_not_move_though_records_wait_ends_and_an_idle_
     for first in range(0, 60, 5):
         await line.send(records[first : first + 5])
     await line.done(60)
-    await asyncio.sleep(5)
+    await send_in_transaction(line.settings, records[60:61])  # whose end is never committed
+    await asyncio.sleep(12)
     assert worker.popen.poll() is None, worker.log.read_text()
-    await line.send(records[60:])
+    await line.send(records[61:])
     assert await asyncio.to_thread(worker.ended, 30) == 1
     assert "no progress for 2 s though" in worker.log.read_text()
 
