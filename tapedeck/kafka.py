@@ -1,15 +1,18 @@
 """Kafka as every part uses it: connecting with patience, topics from the registry, publishing in order."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import NamedTuple, Protocol
 
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition, codec
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.conn import collect_hosts, create_conn
 from aiokafka.errors import (
     ClusterAuthorizationFailedError,
+    KafkaConnectionError,
     KafkaError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
@@ -17,6 +20,7 @@ from aiokafka.errors import (
     SaslAuthenticationFailed,
     TopicAlreadyExistsError,
     TopicAuthorizationFailedError,
+    UnsupportedSaslMechanismError,
     for_code,
 )
 from aiokafka.producer.message_accumulator import BatchBuilder
@@ -42,6 +46,7 @@ BATCH_BYTES = 256 * 1024
 codec.lz4_encode.__defaults__ = (1,)
 STOP_S = 0.5
 READ_S = 30.0
+REASON_MS = 5_000
 
 
 class Record(Protocol):
@@ -79,6 +84,7 @@ _REFUSALS: dict[type[BaseException], str] = {
     TopicAuthorizationFailedError: "this user may not write to the topic: allow it Write, Read and Describe",
     ClusterAuthorizationFailedError: "this user may not write idempotently: allow it IdempotentWrite on the cluster",
     SaslAuthenticationFailed: "the user or its password is refused: set KAFKA_SASL_USERNAME and _PASSWORD",
+    UnsupportedSaslMechanismError: "the brokers do not offer this KAFKA_SASL_MECHANISM",
 }
 
 
@@ -104,27 +110,49 @@ def retrying(settings: Settings, what: str, passing: Callable[[BaseException], b
     )
 
 
+@asynccontextmanager
+async def admin_client(settings: Settings) -> AsyncIterator[AIOKafkaAdminClient]:
+    """A started client. Raises KafkaError, which says why no broker lets us in: aiokafka itself only logs that."""
+    client = AIOKafkaAdminClient(**settings.kafka_options())
+    try:
+        try:
+            await client.start()
+        except KafkaConnectionError:
+            options = settings.kafka_options()
+            host, port, _ = collect_hosts(options.pop("bootstrap_servers"))[0]
+            try:
+                (await create_conn(host, port, request_timeout_ms=REASON_MS, **options)).close()
+            except OSError as error:
+                raise KafkaConnectionError(str(error) or repr(error)) from error
+            raise
+        yield client
+    finally:
+        await client.close()
+
+
 async def prepare(settings: Settings) -> None:
     """Waits for Kafka and creates the topics of the registry that are missing.
 
-    Raises UsageError when a topic has another number of partitions than the registry, or settings with which
-    it refuses or changes what we write; TapedeckError when Kafka cannot be reached in time.
+    Raises UsageError when Kafka refuses the user, when a topic has another number of partitions than the registry, or
+    settings with which it refuses or changes what we write; TapedeckError when Kafka cannot be reached in time.
     """
     try:
         async for attempt in retrying(settings, "Kafka", passing):
             with attempt:
                 await _ensure_topics(settings)
     except (KafkaError, OSError) as error:
+        where = f"Kafka at {settings.kafka_bootstrap_servers}"
+        if not passing(error):
+            advice = _REFUSALS.get(type(error), "it will again")
+            raise UsageError(f"{where} refuses us: {advice} ({error})") from error
         raise TapedeckError(
-            f"Kafka at {settings.kafka_bootstrap_servers} cannot be reached "
-            f"after {settings.connect_timeout_s:g} s (KAFKA_BOOTSTRAP_SERVERS): {error}"
+            f"{where} cannot be reached after {settings.connect_timeout_s:g} s "
+            f"(KAFKA_BOOTSTRAP_SERVERS, KAFKA_SECURITY_PROTOCOL): {error}"
         ) from error
 
 
 async def _ensure_topics(settings: Settings) -> None:
-    admin = AIOKafkaAdminClient(**settings.kafka_options())
-    await admin.start()
-    try:
+    async with admin_client(settings) as admin:
         wanted = {settings.topic_prefix + topic.name: topic for topic in topics.ALL}
         missing = wanted.keys() - set(await admin.list_topics())
         if missing:
@@ -150,8 +178,6 @@ async def _ensure_topics(settings: Settings) -> None:
                     "identities would change. Use another TOPIC_PREFIX, or fill a new topic version by replay."
                 )
         await _check_settings(admin, wanted)
-    finally:
-        await admin.close()
 
 
 async def _check_settings(admin: AIOKafkaAdminClient, wanted: dict[str, topics.Topic]) -> None:

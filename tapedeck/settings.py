@@ -4,6 +4,7 @@ import json
 import ssl
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -104,6 +105,12 @@ class Settings(BaseSettings):
     connect_timeout_s: float = Field(60, gt=0, description="How long to try Kafka and PostgreSQL at start")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="What to log")
     log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else JSON")
+
+    @field_validator("kafka_bootstrap_servers")
+    @classmethod
+    def _with_ports(cls, value: str) -> str:
+        _ = [urlsplit(f"//{server.strip()}").port for server in value.split(",")]  # it raises ValueError
+        return value
 
     @field_validator("symbols", "streams", "outputs", mode="before")
     @classmethod

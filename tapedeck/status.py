@@ -7,12 +7,12 @@ from typing import Any
 
 import asyncpg
 import msgspec
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from schemas import topics
-from tapedeck import database, logdirs
+from tapedeck import database, kafka, logdirs
 from tapedeck.errors import TapedeckError, UsageError
 from tapedeck.settings import Settings
 
@@ -102,10 +102,10 @@ async def look(settings: Settings) -> Status:
             status.trouble[name] = str(error) or type(error).__name__
         return None
 
-    kafka = part(f"Kafka at {settings.kafka_bootstrap_servers}", _topics(settings))
+    brokers = part(f"Kafka at {settings.kafka_bootstrap_servers}", _topics(settings))
     tables = part(f"PostgreSQL at {database.where(settings)}", _tables(settings))
     archive = part("the archive", _archive(settings))
-    status.topics, status.tables, status.archive = await asyncio.gather(kafka, tables, archive)
+    status.topics, status.tables, status.archive = await asyncio.gather(brokers, tables, archive)
     return status
 
 
@@ -113,24 +113,21 @@ async def look(settings: Settings) -> Status:
 
 
 async def _topics(settings: Settings) -> list[Topic]:
-    admin = AIOKafkaAdminClient(**settings.kafka_options())
-    reader = AIOKafkaConsumer(**settings.kafka_options())
-    try:
-        await admin.start()
-        await reader.start()
-        names = [settings.topic_prefix + topic.name for topic in topics.ALL if topic is not topics.LEASE]
-        there = set(await admin.list_topics())
-        places = [
-            TopicPartition(found["topic"], partition["partition"])
-            for found in await admin.describe_topics([name for name in names if name in there])
-            for partition in found["partitions"]
-        ]
-        begins, ends = await reader.beginning_offsets(places), await reader.end_offsets(places)
-        lags = await _lags(admin, settings.topic_prefix, begins, ends)
-        sizes = await _sizes(admin, places)
-    finally:
-        await reader.stop()
-        await admin.close()
+    async with kafka.admin_client(settings) as admin:
+        reader = await kafka.consumer(settings)
+        try:
+            names = [settings.topic_prefix + topic.name for topic in topics.ALL if topic is not topics.LEASE]
+            there = set(await admin.list_topics())
+            places = [
+                TopicPartition(found["topic"], partition["partition"])
+                for found in await admin.describe_topics([name for name in names if name in there])
+                for partition in found["partitions"]
+            ]
+            begins, ends = await reader.beginning_offsets(places), await reader.end_offsets(places)
+            lags = await _lags(admin, settings.topic_prefix, begins, ends)
+            sizes = await _sizes(admin, places)
+        finally:
+            await reader.stop()
     return [
         Topic(
             name,

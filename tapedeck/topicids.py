@@ -5,10 +5,10 @@ again, or is of a Kafka that began anew, has another id.
 from collections.abc import Iterable
 from uuid import UUID
 
-from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.types import Boolean, CompactArray, CompactString, Int16, Int32, Int64, Schema, TaggedFields
 
+from tapedeck import kafka
 from tapedeck.settings import Settings
 
 _NODE = (("node_id", Int32), ("host", CompactString()), ("port", Int32), ("rack", CompactString()))
@@ -64,13 +64,10 @@ class _Request(Request[_RequestV10]):  # type: ignore[misc]
 
 async def ids_of(settings: Settings, names: Iterable[str]) -> dict[str, UUID]:
     """By name, of those that there are; none at all from brokers that know no ids. Raises KafkaError."""
-    admin = AIOKafkaAdminClient(**settings.kafka_options())
     try:
-        await admin.start()
-        response = await admin._send_request(_Request(names))
+        async with kafka.admin_client(settings) as admin:
+            response = await admin._send_request(_Request(names))
     except NotImplementedError:
         return {}
-    finally:
-        await admin.close()
     found = {name: UUID(int=(high % 2**64 << 64) + low % 2**64) for _, name, high, low, *_ in response.topics}
     return {name: topic for name, topic in found.items() if topic.int}

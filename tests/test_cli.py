@@ -144,9 +144,11 @@ def test_wrong_use_is_exit_code_2_and_one_line(tmp_path: Path, arguments: str, s
 
 
 def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
-    done = tapedeck(tmp_path, "log", "--out", "x", LATENESS_S="soon", GRACE_S="99")
+    wrong = {"LATENESS_S": "soon", "GRACE_S": "99", "KAFKA_BOOTSTRAP_SERVERS": "localhost:port"}
+    done = tapedeck(tmp_path, "log", "--out", "x", **wrong)
     assert done.returncode == 2
     said = complaint(done)
+    assert "KAFKA_BOOTSTRAP_SERVERS" in said
     assert "LATENESS_S" in said
     assert "GRACE_S" in said
 
