@@ -4,6 +4,8 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 
 from tapedeck.settings import Settings
 
+METADATA_MS = 30_000  # how long a topic that was made again may not be seen
+
 
 class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
     """`places` is what we are to read, a new set after each rebalance and None during one."""
@@ -29,6 +31,7 @@ def member(settings: Settings, name: str, fetch_wait_ms: int, fetch_bytes: int) 
         auto_offset_reset="none",
         session_timeout_ms=6_000,  # how long a killed sink's partitions wait; brokers allow no less
         heartbeat_interval_ms=1_000,  # and how long the others may not know of a rebalance
+        metadata_max_age_ms=METADATA_MS,
         fetch_max_wait_ms=fetch_wait_ms,
         max_partition_fetch_bytes=fetch_bytes,
     )

@@ -265,7 +265,7 @@ class Sink:
             if end is not None:
                 lag += max(0, end - self._positions.get(place, end))
         metrics.SINK_LAG.labels(self._table.name).set(lag)
-        if self._positions != self._shown and time.monotonic() >= self._show_at:
+        if self._positions and self._positions != self._shown and time.monotonic() >= self._show_at:
             self._show_at = time.monotonic() + SHOW_S
             self._showing = asyncio.create_task(self._commit(consumer, dict(self._positions)))
 

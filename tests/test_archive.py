@@ -15,12 +15,12 @@ from typing import Any
 
 import duckdb
 import pytest
-from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from conftest import Process, Spawn, until
 from pydantic import SecretStr
-from test_processor import disturbed
-from test_sinks import sinking
+from test_processor import disturbed, send_in_transaction
+from test_sinks import says, sinking, unmake
 
 from bench.market import write_frames
 from processors.compute import FILES, compute
@@ -31,7 +31,7 @@ from producers.slicer import SlicerSettings
 from schemas import rest, topics
 from schemas.frames import read_frames
 from schemas.raw import RawRecord, record_of
-from sinks import service
+from sinks import assignment, service
 from sinks.assignment import Assignment, member
 from sinks.merging import Hour, merge, mergeable
 from tapedeck import kafka as clients
@@ -390,6 +390,19 @@ async def test_a_loss_is_told_once_however_often_the_group_rebalances(
             assert lost._value.get() - before == begin
 
 
+async def test_a_sink_without_partitions_waits_for_some(
+    settings: Settings, publisher: clients.Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assignment, "METADATA_MS", 500)
+    async with sinking(settings, "archive") as shell:
+        await until(lambda: says(shell, None), 60)
+        await unmake(settings, *topics.ARCHIVED)
+        await asyncio.sleep(3)
+        await clients.prepare(settings)
+        await publisher.publish([clients.Message(settings.topic_prefix + topics.RAW.name, 3, None, b"0", 0, [])])
+        await archived(settings)
+
+
 class Dying(Archive):
     """It is killed after so many steps."""
 
@@ -473,14 +486,10 @@ async def test_what_ends_a_transaction_takes_an_offset_and_is_no_record_that_is_
     settings: Settings, publisher: clients.Publisher
 ) -> None:
     """As where somebody copies a log in transactions."""
-    topic = settings.topic_prefix + topics.RAW.name
-    copier = AIOKafkaProducer(**settings.kafka_options(), transactional_id=topic)
-    await copier.start()
     for first in (0, 2):
-        async with copier.transaction():
-            for n in (first, first + 1):
-                await copier.send_and_wait(topic, b"%d" % n, partition=3, timestamp_ms=n)
-    await copier.stop()
+        await send_in_transaction(
+            settings, [RawRecord(3, n, "tick", 1, n, [(n, 1)], b"%d" % n) for n in (first, first + 1)]
+        )
     async with open_history(settings, "kafka", topics.RAW, 3) as log:
         assert log.end == 6
         read = [entry async for entries in log.batches(0, log.end) for entry in entries]
