@@ -11,10 +11,12 @@ KNOWN_FRAMES = 10  # before so many frames, or before `floor_ns` has been listen
 
 class Rhythm:
     """Times are receive times in ns, never decreasing. A quiet pair is quiet and a busy one is not: there is
-    no fixed timer, only `floor_ns`, below which no silence is called unusual."""
+    no fixed timer, only `floor_ns`, below which no silence is called unusual. `lively`: it was seldom silent for a
+    second while a former process listened, so that this one may judge it before it has experience of its own."""
 
-    def __init__(self, floor_ns: int) -> None:
+    def __init__(self, floor_ns: int, lively: bool = False) -> None:
         self._floor_ns = floor_ns
+        self._lively = lively
         self.last: int | None = None  # heard, or began to listen
         self._silent_since = self._looked = 0  # `last`, but for the time that we did not look
         self._frames = 0
@@ -36,20 +38,22 @@ class Rhythm:
     def heard(self, now: int) -> bool:
         """A frame of this stream has come. Whether it had been silent for so long that events may have been
         withheld, though not for so long that the connection was given up."""
-        suspect = False
         self._patience, self._given_up = 1, False
+        self._excuse(now)
+        spell = now - self._silent_since
+        experienced = self._frames >= KNOWN_FRAMES and self._listened >= EXPERIENCE * self._floor_ns
+        unusual_ns = max(self._floor_ns // 5, FACTOR * self.longest_ns)
+        if self._fresh_start and experienced:  # beside a gap a doubt costs little
+            unusual_ns = 2 * self.longest_ns
+        suspect = (experienced or self._lively) and spell > unusual_ns
         if self._fresh_start:  # how long it took from connecting says nothing of its habits
             self._fresh_start = False
-        elif self.last is not None:
-            self._excuse(now)
-            spell = now - self._silent_since
-            experienced = self._frames >= KNOWN_FRAMES and self._listened >= EXPERIENCE * self._floor_ns
-            suspect = experienced and spell > max(self._floor_ns // 5, FACTOR * self.longest_ns)
+        else:
             self._listened += spell
             if now - self._since > SPELLS_NS:
                 self._longest_before, self._longest, self._since = self._longest, 0, now
             # A suspect silence is no habit yet: were it learned whole, the next stall would hide behind it.
-            self._longest = max(self._longest, min(spell, 2 * self.longest_ns) if suspect else spell)
+            self._longest = max(self._longest, min(spell, 2 * self.longest_ns or unusual_ns) if suspect else spell)
         self._frames += 1
         self.last = self._silent_since = now
         return suspect
@@ -95,4 +99,4 @@ class Rhythm:
 
     def suspect(self, now: int) -> bool:
         """Whether, now that the connection is gone, its last silence may already have been a stall."""
-        return self.known and self.last is not None and now - self.last > max(NS_PER_S, 2 * self.longest_ns)
+        return (self.known or self._lively) and self.last is not None and now - self.last > 2 * self.longest_ns

@@ -1,31 +1,41 @@
 """Which streams were silent when a log ended. Pure."""
 
+from collections import Counter
 from collections.abc import Iterable
 
+from producers.slicer import OTHERS
 from producers.split import split_frame
-from schemas.events import NOTHING_MISSED
+from schemas.events import NOTHING_MISSED, NS_PER_MS
 from schemas.raw import RawRecord, decode_gap_value, decode_tick_value
 
 
 def still_silent(records: Iterable[RawRecord]) -> dict[str, int]:
-    """The streams that may have been missed for longer than the log's end tells, and since when (ns). `records`: those
-    since the last tick, that tick included, in the order of each partition."""
-    silent: dict[int, dict[str, int]] = {}
+    """The streams that may have been missed for longer than the log's end tells, and since when (ns), as ticks have
+    it. `records`: those since a tick or gap that each partition has, in the order of each; of the last round that a
+    killed producer sent, each may have another part."""
+    heard: dict[tuple[str, int], int] = {}  # when a stream was, after how many gaps of it
+    gaps: Counter[tuple[int, str]] = Counter()  # of a partition and a stream, so far
+    records = sorted(records, key=lambda record: (record.epoch, record.timestamp_ms))
     for record in records:
+        partition, now = record.partition, record.timestamp_ms * NS_PER_MS
         if record.kind == "tick":
-            silent[record.partition] = dict(decode_tick_value(record.value).silent)
-        elif found := silent.get(record.partition):
-            for stream in _ended(record):
-                found.pop(stream, None)
-    first, *others = [*silent.values()] or [{}]
-    return {stream: at for stream, at in first.items() if all(stream in other for other in others)}
-
-
-def _ended(record: RawRecord) -> list[str]:
-    """The streams that were silent no longer: they came again, or a gap has said what there is to say."""
-    if record.kind == "gap":
-        gap = decode_gap_value(record.value)
-        return [] if gap.reason == NOTHING_MISSED else gap.streams
-    if record.kind == "slice":
-        return [item.head.ev for item in split_frame(record.value) if item.head]
-    return []
+            silent = decode_tick_value(record.value).silent
+            for stream, after in [*heard]:
+                if stream not in silent and after == gaps[partition, stream]:
+                    del heard[stream, after]
+            for stream, at in silent.items():
+                place = stream, gaps[partition, stream]
+                heard[place] = max(at, heard.get(place, at))
+        elif record.kind == "slice":
+            for stream in {OTHERS, *(item.head.ev for item in split_frame(record.value) if item.head)}:
+                place = stream, gaps[partition, stream]
+                if place in heard:
+                    heard[place] = max(now, heard[place])
+        elif record.kind == "gap" and (gap := decode_gap_value(record.value)).reason != NOTHING_MISSED:
+            for stream in [*gap.streams, OTHERS]:
+                watched = gap.reason == "stall" or (stream, gaps[partition, stream]) in heard
+                gaps[partition, stream] += 1
+                if watched and stream != OTHERS:
+                    heard[stream, gaps[partition, stream]] = now if gap.to is None else gap.to
+    partitions = {record.partition for record in records}
+    return {stream: at for (stream, after), at in heard.items() if after == min(gaps[p, stream] for p in partitions)}

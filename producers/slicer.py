@@ -5,7 +5,7 @@ record's timestamp. Bytes and receive times go in; records come out of `take()` 
 """
 
 from collections import Counter, deque
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from itertools import islice
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ class SlicerSettings(msgspec.Struct, frozen=True):
 class Resume(msgspec.Struct, frozen=True):
     """Where the log stands: highest epoch, feed clock and receive time of the newest record, and the
     timestamp of each partition's last record (ms; None where there is none). `reason`: of the gap since then;
-    `silent`: streams that were silent then and may have been missed for longer, since when (ns)."""
+    `silent`: streams that may have been missed for longer, since when (ns; as a tick has it)."""
 
     epoch: int
     clock_ms: int
@@ -54,6 +54,7 @@ class Suspicion(NamedTuple):
     streams: list[str]
 
 
+OTHERS = "*"  # among silent streams: all that are not named
 LAGGING = ("XA", "XAS")  # their time is their start: a minute behind, where trades or quotes tell better
 
 
@@ -75,16 +76,37 @@ class _Pending(NamedTuple):
     since: list[int | None]
 
 
-def _away(resume: Resume, streams: Iterable[str]) -> list[_Pending]:
-    """The gaps since the log's end; of streams that were silent then, stalls since they were last heard."""
-    since = [None if ms is None else ms * NS_PER_MS for ms in resume.last_ms]
-    others = [stream for stream in streams if stream not in resume.silent]
-    stalls = [
-        _Pending("stall", [stream], [at and min(at, resume.silent[stream]) for at in since])
-        for stream in streams
-        if stream in resume.silent
-    ]
-    return _trades_first([*stalls, _Pending(resume.reason, others, since)] if others else stalls)
+def _away(resume: Resume, streams: list[str]) -> list[_Pending]:
+    """The gaps since the log's end."""
+    last = [None if ms is None else ms * NS_PER_MS for ms in resume.last_ms]
+    return _begin(resume.reason, streams, resume.silent, resume.clock_ms * NS_PER_MS, last)
+
+
+def _begin(
+    reason: str,
+    streams: Iterable[str],
+    silent: Mapping[str, int],
+    end: int,
+    last: list[int | None],
+    stalled: Container[str] = (),
+) -> list[_Pending]:
+    """The gaps that begin at `end`, in each partition with the last that is known there. Of a stream that is silent by
+    then it is a stall, since it was last heard; what has been silent for less than a second, or not at all, shares one
+    gap since the first of them was heard: that is hardly too long."""
+    others = silent.get(OTHERS, end)
+    since = {stream: silent.get(stream, others) for stream in streams}
+    lately = min((at for at in since.values() if _lately(at, end)), default=end)
+    groups: dict[tuple[str, int], list[str]] = {}
+    for stream, at in since.items():
+        stall = stream in stalled or (stream in silent and not _lately(at, end))
+        groups.setdefault(("stall" if stall else reason, lately if _lately(at, end) else at), []).append(stream)
+    return _trades_first(
+        _Pending(why, of, [known and min(known, at) for known in last]) for (why, at), of in groups.items()
+    )
+
+
+def _lately(at: int, end: int) -> bool:
+    return end - at <= NS_PER_S
 
 
 def _trades_first(gaps: Iterable[_Pending]) -> list[_Pending]:
@@ -125,9 +147,11 @@ class Slicer:
         self._seen = 0  # of those held, how many the first one's verdict has taken into account
         self._settles_at: int | None = None
         self._now = 0
-        self._connected = False
-        self._rhythms = {stream: Rhythm(settings.usual_ns) for stream in self._streams}
-        self._heard_at: dict[str, int | None] = {}  # the clock when a stream was last heard
+        self._connected = self._pongs = False
+        silent, end = (resume.silent, resume.clock_ms * NS_PER_MS) if resume else ({}, 0)
+        lively = {stream for stream, at in silent.items() if _lately(at, end)}
+        self._rhythms = {stream: Rhythm(settings.usual_ns, stream in lively) for stream in self._streams}
+        self._heard_at: dict[str, int] = {}  # the clock when a stream was last heard, once there is one
         self._unproven: dict[str, str] = {}  # streams that have not delivered since something, and what
         self.counts: Counter[str] = Counter()
         """Events so far, by subscribed stream; all else is `other`."""
@@ -172,42 +196,45 @@ class Slicer:
     def lost(self, reason: str, now: int) -> None:
         """The connection is gone. What came after the last frame or pong may have been missed; of a stream
         that was silent for longer than it usually is, whatever came after its own last event."""
-        stalled = self.stalled(now)
         self.flush(now)
-        self._connected = False
         if not self._gaps:
-            self._gaps = self._missed_since(reason, now, stalled)
+            self._gaps = self._missed_since(reason, now)
+        self._connected = False
         self._unproven.clear()
+        for rhythm in self._rhythms.values():
+            rhythm.listen(now)  # what the vendor acknowledges first may flow before all is subscribed
 
-    def _missed_since(self, reason: str, now: int, stalled: Container[str] = ()) -> list[_Pending]:
+    def _missed_since(self, reason: str, now: int) -> list[_Pending]:
         """The gaps that begin if nothing that comes is heard any more."""
-        groups: dict[tuple[str, int | None], list[str]] = {}
-        for stream, since in self._proven(now).items():
-            stall = stream in self._unproven or stream in stalled
-            groups.setdefault(("stall" if stall else reason, since), []).append(stream)
-        return _trades_first(_Pending(why, of, [since] * PARTITIONS) for (why, since), of in groups.items())
+        assert self.clock.now is not None
+        last: list[int | None] = [self.clock.now] * PARTITIONS
+        stalled = {*self._unproven, *self.stalled(now)}
+        return _begin(reason, self._streams, self._silent(now), self.clock.now, last, stalled)
 
-    def _proven(self, now: int) -> dict[str, int | None]:
-        """Up to which feed time nothing of each stream was missed."""
+    def _silent(self, now: int) -> dict[str, int]:
+        """The streams that may have been missed since, in feed time: those that have not delivered since something,
+        and those whose silence is unusual, or will be if it lasts for another second."""
+        silent = {
+            stream: at
+            for stream, at in self._heard_at.items()
+            if stream in self._unproven or self._rhythms[stream].suspect(now + NS_PER_S)
+        }
         known = [rhythm for rhythm in self._rhythms.values() if rhythm.known]
         # Where all that can be judged are silent, those that cannot are no better, and pongs prove nothing.
-        dead = bool(known) and all(rhythm.suspect(now) for rhythm in known)
-        lately = max((at for at in self._heard_at.values() if at is not None), default=self.clock.now)
-        proven = lately if dead else self.clock.now
-        return {
-            stream: self._heard_at.get(stream) if stream in self._unproven or rhythm.suspect(now) else proven
-            for stream, rhythm in self._rhythms.items()
-        }
+        if known and self._heard_at and all(rhythm.suspect(now) for rhythm in known):
+            silent[OTHERS] = max(self._heard_at.values())
+        return silent
 
     @property
     def missed_since(self) -> list[int | None]:
         """For each partition, from when on anything may have been missed as far as no record says yet, ns."""
         since = [gap.since for gap in self._gaps] + [[self.clock.now] * PARTITIONS]
-        since += [[self._heard_at.get(stream)] * PARTITIONS for stream in self._unproven]
+        since += [[at] * PARTITIONS for at in self._silent(self._now).values()]
         return [None if None in each else min(at for at in each if at is not None) for each in zip(*since, strict=True)]
 
     def pong(self, asked: int, now: int) -> None:
         """An answered ping: everything that the feed had sent when it was asked has arrived."""
+        self._pongs = True
         self.advance(now)
         self._idle(asked, now)
 
@@ -216,7 +243,8 @@ class Slicer:
     def frame(self, items: list[Item], recv: int) -> None:
         """The events of one frame, in order."""
         self.advance(recv)
-        self._idle(recv, recv)
+        if not self._pongs:  # they prove it better: a frame may have waited for long for a process that was stopped
+            self._idle(recv, recv)
         heard: dict[str, int] = {}
         for item in items:
             ev = "bad" if item.head is None else item.head.ev
@@ -242,8 +270,9 @@ class Slicer:
             claim = _claim(head, recv)
             clock.heard(claim)
             self._hold(item, claim)
-        for stream in (heard.keys() & self._rhythms.keys()) - self._unproven.keys():
-            self._heard_at[stream] = clock.now
+        if clock.now is not None:
+            for stream in (heard.keys() & self._rhythms.keys()) - self._unproven.keys():
+                self._heard_at[stream] = clock.now
 
     def _hold(self, item: Item, claim: Claim) -> None:
         self._held.append((item, claim))
@@ -322,6 +351,8 @@ class Slicer:
                 self._suspect(gap.streams, gap.since[0], clock)
                 self._unproven |= dict.fromkeys(set(gap.streams) - delivered, "stall")
         self._heard_at = dict.fromkeys(self._streams, clock)
+        for stream in self._rhythms.keys() - delivered:
+            self._rhythms[stream].listen(now)  # its silence until now lies in the gap
         return True
 
     def _prove(self, stream: str, now: int) -> None:
@@ -428,8 +459,7 @@ class Slicer:
             self.clock.now = second
             self.clock.find_leader()
             fresh = sorted(stream for stream, rhythm in self._rhythms.items() if rhythm.fresh(now))
-            silent = {stream: at for stream, at in self._proven(now).items() if at is not None and at < second}
-            value = msgspec.json.encode(TickValue(fresh, silent))
+            value = msgspec.json.encode(TickValue(fresh, self._silent(now)))
             for partition in range(PARTITIONS):
                 self._emit(partition, "tick", [(now, 1)], value)
         self.clock.now = to
@@ -461,7 +491,7 @@ class Slicer:
         Without a clock there was never an event, and nothing is written."""
         self.flush(now)
         if self.clock.now is not None:
-            for gap in self._gaps or self._missed_since("stop", now, self.stalled(now)):
+            for gap in self._gaps or self._missed_since("stop", now):
                 for partition, since in enumerate(gap.since):
                     self._emit_gap(partition, gap.streams, since, None, "stop", now)
 

@@ -47,8 +47,9 @@ class RawRecord(NamedTuple):
 
 
 class TickValue(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`fresh`: the streams that have delivered within their usual interval. `silent`: those that have been silent for
-    so long that they may have been missed since they were last heard, and when that was (ns)."""
+    """`fresh`: the streams that have delivered within their usual interval. `silent`: those that may have been missed
+    since they were last heard, and when that was (ns): their silence is unusual, or will be before the next tick
+    unless they come again meanwhile. `*` there is any other, where nothing at all is heard that can be judged."""
 
     fresh: list[str]
     silent: dict[str, int] = {}

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from producers.clock import AHEAD_NS, HOLD_NS, MARGIN_NS, WALL_AHEAD_NS, Claim, FeedClock
 from schemas import topics
 from schemas.events import NS_PER_MS, NS_PER_S
+from schemas.raw import decode_gap_value
 
 from .feed import LATENCY_MS, T0, Feed, through, xa, xq, xt
 
@@ -467,6 +469,27 @@ def without_trades() -> Feed:
     return feed
 
 
+def busy(pongs: bool = False) -> Feed:
+    """Trades and quotes four times a second for 70 s, as long as it takes to know them well, and watched meanwhile."""
+    feed = Feed(streams=("XT", "XQ"))
+    for t in range(T0, T0 + 70_000, 250):
+        feed.at(t, xt(t), xq(t, x=2))
+        assert not feed.slicer.stalled((t + LATENCY_MS) * NS_PER_MS)
+        if pongs:
+            feed.pong(t + LATENCY_MS)
+    return feed
+
+
+def marked(feed: Feed, partition: int = 0) -> list[tuple[int, int, list[str], str]]:
+    """(from, to, streams, reason) of the gaps but for that before the log, in ms after T0."""
+    gaps = [(decode_gap_value(record.value), record.timestamp_ms * NS_PER_MS) for record in feed.of("gap", partition)]
+    return [
+        (gap.from_ // NS_PER_MS - T0, (gap.to or at) // NS_PER_MS - T0, gap.streams, gap.reason)
+        for gap, at in gaps
+        if gap.from_ is not None
+    ]
+
+
 class TestWhatAGapKnows:
     def test_a_stop_during_a_stall_marks_the_stall_too(self) -> None:
         """XT has been silent from 99 s on, XQ flows, pongs come, and the stop comes before the watchdog."""
@@ -502,6 +525,87 @@ class TestWhatAGapKnows:
                 since = {stream: gap["from"] // NS_PER_MS - T0 for gap in gaps for stream in gap["streams"]}
                 assert since["XQ"] >= 106_000
                 assert (98_000 < since["XT"] < 99_000) == (not ending)
+
+    @pytest.mark.parametrize("after", ["reconnect", "restart"])
+    def test_a_stream_that_is_silent_from_a_new_beginning_on_is_marked_when_it_comes(self, after: str) -> None:
+        feed = busy()
+        if after == "reconnect":
+            feed.lost(T0 + 70_000)
+            feed.connected()
+        else:
+            feed.flush(T0 + 70_000)
+            feed = Feed(resume=feed.resume(), streams=("XT", "XQ"))
+        for t in range(T0 + 72_000, T0 + 76_000, 250):
+            feed.at(t, xq(t, x=2))
+        for t in range(T0 + 76_000, T0 + 80_000, 250):
+            feed.at(t, xt(t), xq(t, x=2))
+        for partition in range(8):
+            first, second = marked(feed, partition)[-2:]
+            assert first[1:] == (72_000, ["XT", "XQ"], "reconnect" if after == "reconnect" else "away")
+            assert second == (72_000, 76_000, ["XT"], "silence")
+
+    def test_what_waited_for_a_stopped_process_does_not_prove_that_nothing_more_was_sent(self) -> None:
+        """Cut off as a slow consumer, half a minute's frames behind the one that it then reads first."""
+        feed = busy(pongs=True)
+        for t in range(T0 + 70_000, T0 + 72_000, 250):
+            feed.frame(T0 + 79_000, xt(t), xq(t, x=2))
+        feed.lost(T0 + 79_001)
+        feed.connected()
+        feed.at(T0 + 80_000, xt(T0 + 80_000), xq(T0 + 80_000, x=2))
+        feed.until(T0 + 81_000)
+        assert [gap[:2] for gap in marked(feed)] == [(71_750, 80_000)]
+
+    @pytest.mark.parametrize("end", ["killed", "stopped", "lost"])
+    def test_a_stall_too_young_to_be_told_from_chance_is_marked_where_something_else_ends_the_session(
+        self, end: str
+    ) -> None:
+        feed = before = busy()
+        for t in range(T0 + 70_000, T0 + 70_550, 50):
+            feed.at(t, xq(t, x=2))
+        if end == "lost":
+            feed.lost(T0 + 70_600)
+            feed.connected()
+        else:
+            (feed.flush if end == "killed" else feed.stop)(T0 + 70_600)
+            feed = Feed(resume=feed.resume(), streams=("XT", "XQ"))
+        feed.at(T0 + 73_000, xt(T0 + 73_000), xq(T0 + 73_000, x=2))
+        feed.until(T0 + 74_000)
+        for partition in range(8):
+            spans = [gap for one in {before, feed} for gap in marked(one, partition) if "XT" in gap[2]]
+            assert min(spans)[0] in range(69_000, 69_751), "it was last heard at 69.75 s"
+            assert max(until for _, until, *_ in spans) == 73_000
+
+    def test_killed_right_after_the_gap_of_a_stall_that_goes_on_it_is_marked_from_there_on(self) -> None:
+        feed = busy()
+        for t in range(T0 + 70_000, T0 + 82_000, 250):
+            feed.at(t, xq(t, x=2))
+        feed.slicer.stalled((T0 + 82_000) * NS_PER_MS)
+        feed.lost(T0 + 82_000)
+        feed.connected()
+        for t in range(T0 + 83_100, T0 + 83_900, 100):
+            feed.at(t, xq(t, x=2))
+        after = Feed(resume=feed.resume(), streams=("XT", "XQ"))
+        after.at(T0 + 85_000, xt(T0 + 85_000), xq(T0 + 85_000, x=2))
+        after.flush(T0 + 86_000)
+        for partition in range(8):
+            stall, rest = [gap[:2] for one in (feed, after) for gap in marked(one, partition) if "XT" in gap[2]]
+            assert stall == (69_750, 83_100)
+            assert rest == (83_100, 85_000)
+
+    def test_a_gap_that_stands_in_some_partitions_only_is_marked_in_the_others_by_who_goes_on(self) -> None:
+        """Killed while its last round was on its way; a standby goes on, without its journal."""
+        feed = without_trades()
+        for t in range(T0 + 107_000, T0 + 107_500, 100):
+            feed.at(t, xt(t), xq(t, x=2))
+        feed.flush(T0 + 107_600)
+        gap = next(n for n, record in enumerate(feed.records) if record.kind == "gap" and b'"silence"' in record.value)
+        feed.records = [r for n, r in enumerate(feed.records) if n < gap or r.partition in (0, 1)]
+        after = Feed(resume=feed.resume(), streams=("XT", "XQ"))
+        after.at(T0 + 109_000, xt(T0 + 109_000), xq(T0 + 109_000, x=2))
+        after.flush(T0 + 112_000)
+        for partition in range(2, 8):
+            since = min(since for since, _, of, _ in marked(after, partition) if "XT" in of)
+            assert 98_000 < since < 99_000
 
     def test_a_silence_may_be_closed_as_empty_with_the_stretch_of_its_gap_but_not_while_another_is_pending(
         self,

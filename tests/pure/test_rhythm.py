@@ -74,6 +74,28 @@ def test_our_own_absence_is_no_silence_of_the_feed() -> None:
     assert rhythm.longest_ns == NS_PER_S
 
 
+def test_the_first_event_after_a_reconnect_is_suspect_when_it_was_long_in_coming_and_no_habit() -> None:
+    for after_s, suspect in ((1.9, False), (2.1, True)):
+        rhythm, now = heard(*[1] * 70)
+        rhythm.listen(now + 600 * NS_PER_S)
+        assert rhythm.heard(now + 600 * NS_PER_S + round(after_s * NS_PER_S)) == suspect
+        assert rhythm.longest_ns == NS_PER_S
+    young, now = heard(*[1] * 30)
+    young.listen(now)
+    assert not young.heard(now + 9 * NS_PER_S)
+
+
+def test_a_stream_that_was_lively_before_a_restart_is_judged_at_once_until_it_has_learned_otherwise() -> None:
+    rhythm = Rhythm(FLOOR, lively=True)
+    rhythm.listen(0)
+    assert rhythm.suspect(NS_PER_S)
+    now, suspected = 0, []
+    for _ in range(8):
+        now += 9 * NS_PER_S
+        suspected.append(rhythm.heard(now))
+    assert suspected == [True] * 3 + [False] * 5
+
+
 def test_silence_before_a_loss_is_suspect_when_it_is_longer_than_any() -> None:
     rhythm, now = heard(*[1] * 30)
     assert not rhythm.suspect(now + 2 * NS_PER_S)
