@@ -66,6 +66,7 @@ class Sink:
         self._writing: asyncio.Task[None] | None = None
         self._in_hand, self._since = 0, 0.0  # how many records the database works at, and since when
         self._most = self._settings.sink_batch_rows  # to a batch
+        self._quick_s = SLOW_S  # after one that took less they may grow
         self._failures = 0
         self._shown: dict[TopicPartition, int] = {}
         self._show_at = 0.0
@@ -206,10 +207,11 @@ class Sink:
             await writing
         except TOO_LONG:
             self._most = max(1, self._in_hand // 2)
+            self._quick_s = min(SLOW_S, (time.monotonic() - self._since) / 2)  # one twice as large is in time too
             raise
         finally:
             writing.cancel()
-        if time.monotonic() - self._since < SLOW_S:
+        if time.monotonic() - self._since < self._quick_s:
             self._most = max(self._most, min(2 * self._in_hand, self._settings.sink_batch_rows))
         self._well()
 

@@ -707,6 +707,29 @@ async def test_a_batch_that_takes_too_long_is_halved_down_to_a_record_and_grows_
         assert max(sizes) > 8
 
 
+async def test_batches_do_not_grow_where_twice_as_large_would_take_too_long(
+    settings: Settings, load: Load, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else every third batch would be for nothing."""
+    failed: list[int] = []
+    write = writer.write
+
+    async def slowly(connection: Any, table: tables.Table, lines: list[str], *others: Any) -> int:
+        """By rows, as with a slow trigger, and as the server does that is to cancel it after half a second."""
+        await asyncio.sleep(min(0.02 * len(lines), 0.5))
+        if len(lines) > 25:
+            failed.append(len(lines))
+            raise asyncpg.QueryCanceledError
+        return await write(connection, table, lines, *others)
+
+    await load.burst(40)
+    monkeypatch.setattr(writer, "write", slowly)
+    async with sinking(settings, "quotes"):
+        await all_once(db, load, 120)
+    assert failed
+    assert len(failed) <= 7
+
+
 async def test_a_writer_that_freezes_inside_its_transaction_holds_nobody_up_for_long(
     settings: Settings, publish: Publish, db: asyncpg.Connection
 ) -> None:
