@@ -7,10 +7,13 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
+import structlog
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from schemas import wire
 from tapedeck.settings import Settings
+
+log = structlog.get_logger()
 
 APART_S = 0.2  # between two requests
 REQUEST_S = 30.0
@@ -50,6 +53,11 @@ def _rest(state: RetryCallState) -> float:
     return max(_backoff(state), error.after_s if isinstance(error, _TryAgain) else 0)
 
 
+def _say(state: RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    log.info("REST does not answer, trying again", attempt=state.attempt_number, error=str(error) or repr(error))
+
+
 class Rest:
     """A context. The key goes into a header, and to no other host than the one of the settings."""
 
@@ -86,6 +94,7 @@ class Rest:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type((_TryAgain, aiohttp.ClientError, TimeoutError)),
                 wait=_rest,
+                before_sleep=_say,
                 stop=stop_after_delay(PATIENCE_S),
                 reraise=True,
             ):

@@ -126,6 +126,7 @@ def test_the_version_is_told(tmp_path: Path) -> None:
         ("demo --symbols ,", "BTC-USD"),
         ("demo --live", "POLYGON_API_KEY"),
         ("produce", "POLYGON_API_KEY"),
+        ("reference", "POLYGON_API_KEY"),
         ("replay --from soon --to 2026-11-26", "'soon' is no time like 2026-11-26"),
         ("replay --from 1969-12-31 --to 2026-11-26", "between 1970 and 2262"),
         ("replay --from 2026-11-26 --to 2026-11-26T02:00+02:00", "--from must lie before --to"),
