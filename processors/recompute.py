@@ -109,13 +109,16 @@ class Recomputation:
         begin = partial(logs.configure, self._settings, "rebuild")
         work = Partition(self._settings, self._pipeline, self._source, self._since, self._until, shape).some
         tasks = [progress.add_task(f"partition {number}", total=None) for number in range(topics.PARTITIONS)]
+        made = False
         async for some in spread(work, range(topics.PARTITIONS), processes, begin):
             for found in some.rows.items():
+                made = True
                 yield found
             progress.update(tasks[some.partition], completed=some.done, total=some.total)
             if some.known:
                 self._known.add(some.known)
-        if not any(self._known.ticks):
+        latest = max(self._known.ticks, default=0)
+        if not latest or not (made or latest + self._pipeline.ahead_ns + NS_PER_S > self._since):
             raise TapedeckError(
                 f"the log ({self._source}) holds nothing of that time, so there is nothing to compare with"
             )

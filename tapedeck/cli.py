@@ -404,6 +404,10 @@ async def _rebuild(
 
         if reach.since >= until:
             raise TapedeckError(f"the log ({source}) was deleted up to there: another --source may still have it")
+        if reach.begins >= until:
+            click.echo(
+                "the log begins after that: it can only tell what REST said, and leaves the rest alone", err=True
+            )
         if reach.since > since:
             click.echo("the log begins too late to tell of all of it: another --source may still have it", err=True)
         counts = await tables.compare(bounds, not verify, None if out else SHOWN)

@@ -21,6 +21,7 @@ from schemas.frames import Frame, read_frames
 from schemas.partition import partition_of
 from schemas.raw import GapValue, RawRecord
 from tapedeck.archive import Archive, table_of
+from tapedeck.errors import TapedeckError
 from tapedeck.history import Entry
 from tapedeck.settings import Settings
 from tapedeck.spans import HOUR_MS, Span
@@ -97,6 +98,13 @@ async def test_what_is_open_when_a_long_silence_begins_is_closed_as_it_was(setti
     expected = ended((output.value for _, output in outputs if output.topic == topics.BARS_1M.name), until)
     assert any(decode_bar(value).end == since + 3 * MINUTE_NS for value in expected)
     assert ended(found, until) == expected
+
+
+async def test_a_time_that_the_log_has_not_come_to_is_not_compared(settings: Settings, tmp_path: Path) -> None:
+    archive_feed(settings, frames(tmp_path, BEGIN_MS, 10))
+    later = (BEGIN_MS + HOUR_MS) * NS_PER_MS
+    with pytest.raises(TapedeckError, match="holds nothing of that time"):
+        await recomputed(settings, [topics.TRADES], later, later + MINUTE_NS)
 
 
 async def test_when_the_last_event_was_received_is_not_what_a_zombie_says(settings: Settings, tmp_path: Path) -> None:
