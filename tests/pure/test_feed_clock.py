@@ -544,6 +544,16 @@ class TestWhatAGapKnows:
             assert first[1:] == (72_000, ["XT", "XQ"], "reconnect" if after == "reconnect" else "away")
             assert second == (72_000, 76_000, ["XT"], "silence")
 
+    def test_a_lost_connection_is_no_habit_of_a_stream_that_flows_again_before_all_is_subscribed(self) -> None:
+        """Behind 0.8 s taken for its habit a stall of up to 3.4 s could hide."""
+        feed = busy()
+        feed.lost(T0 + 70_000)
+        feed.at(T0 + 70_600, xt(T0 + 70_600), xq(T0 + 70_600, x=2))
+        feed.connected()
+        for t in range(T0 + 70_850, T0 + 80_000, 250):
+            feed.at(t, *([] if T0 + 75_000 <= t < T0 + 78_000 else [xt(t)]), xq(t, x=2))
+        assert [gap[2:] for gap in marked(feed)] == [(["XT", "XQ"], "reconnect"), (["XT"], "silence")]
+
     def test_what_waited_for_a_stopped_process_does_not_prove_that_nothing_more_was_sent(self) -> None:
         """Cut off as a slow consumer, half a minute's frames behind the one that it then reads first."""
         feed = busy(pongs=True)
