@@ -3,6 +3,7 @@ gap that names it, nothing is there twice, and no gap is much longer than what w
 
 import asyncio
 import json
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -148,6 +149,25 @@ async def test_killed_before_it_noticed_a_stall_the_next_marks_the_silent_stream
     assert found.in_gaps > 2.5 * RATE / 4
     assert found.excess_s < EXCESS_S, found
     assert {("away", frozenset({"XQ"})), ("stall", frozenset({"XT"}))} <= {(s.reason, s.streams) for s in found.missed}
+
+
+async def test_stopped_for_a_while_and_cut_off_meanwhile_all_behind_what_waited_for_it_is_marked(
+    settings: Settings, market: Market, produce: Produce
+) -> None:
+    producer = produce(streams=["XT", "XQ"])
+    await flows(market, 2)
+    producer.popen.send_signal(signal.SIGSTOP)
+    await flows(market, 2)
+    await inject(market, "drop")
+    await flows(market, 3)
+    producer.popen.send_signal(signal.SIGCONT)
+    await back(producer, 1)
+    await flows(market)
+    await stopped(producer)
+    found, _ = await scored(settings, market)
+    assert found.gaps == {"reconnect": 1}
+    assert found.in_gaps > 2.5 * RATE
+    assert found.excess_s < EXCESS_S, found
 
 
 async def test_a_stall_that_ends_by_itself_before_it_is_given_up_is_marked_too(
