@@ -269,7 +269,7 @@ async def test_a_wrong_key_is_one_clear_line_exit_2_and_no_retry_storm(settings:
 def test_an_unreachable_kafka_is_named_and_given_up_after_a_set_time(settings: Settings) -> None:
     done = produce(settings, KAFKA_BOOTSTRAP_SERVERS="127.0.0.1:1", CONNECT_TIMEOUT_S="2")
     assert done.returncode == 1
-    assert "Kafka at 127.0.0.1:1 cannot be reached after 2 s (KAFKA_BOOTSTRAP_SERVERS)" in done.stderr
+    assert "Kafka at 127.0.0.1:1 cannot be reached after 2 s (KAFKA_BOOTSTRAP_SERVERS," in done.stderr
 
 
 async def test_a_record_file_on_a_full_disk_costs_the_record_and_not_the_tape(settings: Settings, feed: Feed) -> None:
