@@ -77,8 +77,10 @@ async def records_since(
                 for record in records:
                     with contextlib.suppress(NotARawRecord):
                         yield from_kafka(record.partition, record.timestamp, record.headers, record.value)
-                if records[-1].offset >= ends[place] - 1 or records[-1].timestamp > until_ms:
+                if records[-1].timestamp > until_ms:
                     waiting.discard(place)
+            # Not by the last record: what ends a foreign transaction takes an offset and is none.
+            waiting = {place for place in waiting if await reader.position(place) < ends[place]}
     finally:
         await reader.stop()
 
@@ -93,21 +95,29 @@ async def read_log_end(settings: Settings) -> LogEnd:
     try:
         begins, ends = await reader.beginning_offsets(partitions), await reader.end_offsets([*partitions, lease])
         claims = ends.pop(lease)
-        waiting = {place for place in partitions if ends[place] > begins[place]}
-        for place in waiting:
-            reader.seek(place, ends[place] - 1)
+        waiting = {place: ends[place] - 1 for place in partitions if ends[place] > begins[place]}
+        for place, offset in waiting.items():
+            reader.seek(place, offset)
         reader.resume(*waiting)
         last: dict[int, RawRecord] = {}
         while waiting:
-            record = await reader.getone(*waiting)
-            place = TopicPartition(record.topic, record.partition)
-            try:
-                last[record.partition] = from_kafka(record.partition, record.timestamp, record.headers, record.value)
-                waiting.discard(place)
-            except NotARawRecord as error:  # a dead letter of the processor's: ours stands before it
-                if record.offset <= max(begins[place], ends[place] - MOST_FOREIGN):
-                    raise UsageError(f"{topic} has records that tapedeck did not write: {error}") from error
-                reader.seek(place, record.offset - 1)
+            found = await reader.getmany(*waiting, timeout_ms=500)
+            for place, offset in [*waiting.items()]:
+                error = "what ends a transaction"
+                try:
+                    if place in found:
+                        r = found[place][0]
+                        last[place.partition] = from_kafka(place.partition, r.timestamp, r.headers, r.value)
+                        del waiting[place]
+                        continue
+                    if await reader.position(place) <= offset:
+                        continue  # it is on its way
+                except NotARawRecord as foreign:  # a dead letter of the processor's
+                    error = str(foreign)
+                if offset <= max(begins[place], ends[place] - MOST_FOREIGN):
+                    raise UsageError(f"{topic} has records that tapedeck did not write: {error}")
+                waiting[place] = offset - 1  # ours stands before it
+                reader.seek(place, offset - 1)
     finally:
         await reader.stop()
     return LogEnd(last, claims)

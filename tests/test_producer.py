@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from aiokafka.errors import KafkaTimeoutError, TopicAuthorizationFailedError
 from conftest import Spawn, until
+from test_processor import send_in_transaction
 from websockets.asyncio.server import ServerConnection, serve
 
 from bench.scoring import raw_log
 from producers import service, session
 from producers.protocol import AuthFailed, Evicted, Protocol, Refused, SessionError
-from producers.resume import read_log_end
+from producers.resume import read_log_end, read_silences
 from producers.split import split_frame
 from schemas import topics, wire
 from schemas.frames import read_frames
@@ -208,6 +209,20 @@ async def test_the_next_start_goes_on_from_the_log_and_marks_its_absence(setting
         assert until == (BEGIN_MS + 5000) * 10**6
     await write_foreign(settings)
     assert (await read_log_end(settings)).resume({}) == resume
+
+
+async def test_a_log_that_ends_with_the_end_of_a_transaction_is_gone_on_with(settings: Settings) -> None:
+    """As where somebody copied it in transactions, each of which takes an offset that is no record's."""
+    await kafka.prepare(settings)
+    value = b'{"fresh":[],"silent":{"XT":5}}'
+    ticks = [RawRecord(p, BEGIN_MS, "tick", 4, 7, [(1, 1)], value) for p in range(topics.PARTITIONS)]
+    await send_in_transaction(settings, ticks)
+    for _ in range(2):
+        async with asyncio.timeout(60):
+            end = await read_log_end(settings)
+            assert await read_silences(settings, end) == {"XT": 5}
+        assert (end.epoch, end.clock_ms, end.common_ms) == (4, BEGIN_MS, BEGIN_MS)
+        await write_foreign(settings)
 
 
 async def write_foreign(settings: Settings) -> None:
