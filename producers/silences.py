@@ -33,9 +33,10 @@ def still_silent(records: Iterable[RawRecord]) -> dict[str, int]:
                     heard[place] = max(now, heard[place])
         elif record.kind == "gap" and (gap := decode_gap_value(record.value)).reason != NOTHING_MISSED:
             for stream in [*gap.streams, OTHERS]:
-                watched = gap.reason == "stall" or (stream, gaps[partition, stream]) in heard
+                before = heard.get((stream, gaps[partition, stream]))
                 gaps[partition, stream] += 1
-                if watched and stream != OTHERS:
-                    heard[stream, gaps[partition, stream]] = now if gap.to is None else gap.to
+                since = before if gap.to is None else gap.to  # a stop ends no silence
+                if since is not None and stream != OTHERS and (gap.reason == "stall" or before is not None):
+                    heard[stream, gaps[partition, stream]] = since
     partitions = {record.partition for record in records}
     return {stream: at for (stream, after), at in heard.items() if after == min(gaps[p, stream] for p in partitions)}

@@ -585,6 +585,26 @@ class TestWhatAGapKnows:
             assert min(spans)[0] in range(69_000, 69_751), "it was last heard at 69.75 s"
             assert max(until for _, until, *_ in spans) == 73_000
 
+    @pytest.mark.parametrize("end", ["killed", "stopped"])
+    def test_a_quiet_stream_is_not_taken_for_a_busy_one_because_it_was_unusually_silent_at_an_end(
+        self, end: str
+    ) -> None:
+        """Trades each 20 s, and none in the last 45: one doubt until they come again, none of their habit."""
+
+        def quiet(feed: Feed, begin: int, until: int) -> Feed:
+            for t in range(T0 + begin, T0 + until, 500):
+                trades = [xt(t)] if (t - T0) % 20_000 == 0 and not 600_000 < t - T0 < 645_000 else []
+                feed.at(t, *trades, xq(t, x=2))
+            return feed
+
+        before = quiet(Feed(streams=("XT", "XQ")), 0, 645_000)
+        (before.flush if end == "killed" else before.stop)(T0 + 645_000)
+        after = quiet(Feed(resume=before.resume(), streams=("XT", "XQ")), 648_000, 800_000)
+        assert [gap for gap in marked(after) if "XT" in gap[2]] == [
+            (600_000, 648_000, ["XT"], "stall"),
+            (648_000, 660_000, ["XT"], "stall"),
+        ]
+
     def test_killed_right_after_the_gap_of_a_stall_that_goes_on_it_is_marked_from_there_on(self) -> None:
         feed = busy()
         for t in range(T0 + 70_000, T0 + 82_000, 250):
