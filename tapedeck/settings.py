@@ -109,7 +109,11 @@ class Settings(BaseSettings):
     @field_validator("kafka_bootstrap_servers")
     @classmethod
     def _with_ports(cls, value: str) -> str:
-        _ = [urlsplit(f"//{server.strip()}").port for server in value.split(",")]  # it raises ValueError
+        for server in map(str.strip, value.split(",")):
+            parts = urlsplit(f"//{server}")
+            _ = parts.port  # it raises ValueError
+            if not parts.hostname or parts.netloc != server or parts.username is not None:
+                raise ValueError(f"'{server}' is not host:port")
         return value
 
     @field_validator("symbols", "streams", "outputs", mode="before")

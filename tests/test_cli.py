@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from tapedeck.cli import cli
-from tapedeck.settings import Settings
+from tapedeck.errors import UsageError
+from tapedeck.settings import Settings, load
 
 HEAVY = {"faust", "aiokafka", "asyncpg", "psycopg", "websockets", "uvloop", "rich", "pydantic", "structlog"}
 
@@ -142,6 +143,19 @@ def test_wrong_use_is_exit_code_2_and_one_line(tmp_path: Path, arguments: str, s
     done = tapedeck(tmp_path, *arguments.split())
     assert done.returncode == 2
     assert says in complaint(done)
+
+
+@pytest.mark.parametrize(
+    "servers", ["", "localhost:9092,", "SASL_SSL://a:9092", "a:9092/", "me@a:9092", "::1", "a:99999"]
+)
+def test_what_is_no_address_of_a_broker_is_refused(servers: str) -> None:
+    with pytest.raises(UsageError, match="KAFKA_BOOTSTRAP_SERVERS"):
+        load(kafka_bootstrap_servers=servers)
+
+
+@pytest.mark.parametrize("servers", ["localhost", "a:1 , b:2", "[::1]:9092", "[fe80::1%eth0]:9092"])
+def test_what_is_one_is_taken(servers: str) -> None:
+    assert load(kafka_bootstrap_servers=servers).kafka_bootstrap_servers == servers
 
 
 def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
