@@ -21,7 +21,7 @@ from producers.session import Ear
 from producers.slicer import Resume, Slicer, SlicerSettings, Suspicion
 from producers.split import Item
 from schemas import topics
-from schemas.events import NS_PER_MS, NS_PER_S
+from schemas.events import NS_PER_S
 from schemas.raw import RawRecord
 from tapedeck import kafka, metrics
 from tapedeck.errors import TapedeckError, UsageError
@@ -258,13 +258,9 @@ class Producer:
 
     def _drop(self, records: list[RawRecord]) -> None:
         metrics.DROPPED.inc(sum(record.events for record in records if record.kind in ("slice", "bad")))
-        resume = None
-        if self._tail is not None:
-            last = [
-                None if ms is None or since is None else min(ms, since // NS_PER_MS)
-                for ms, since in zip(self._tail.last_ms, self._slicer.missed_since, strict=True)
-            ]
-            resume = Resume(self._tail.epoch, self._tail.clock_ms, self._tail.recv_ns, last, "journal")
+        resume = self._tail
+        if resume is not None and resume.reason != "journal":  # else the gap goes on that the first of them began
+            resume = self._slicer.dropped(resume)
         connected = self._shell.health.get("feed") is None
         self._events += self._slicer.counts
         used = self._tail.epoch if self._tail else 0

@@ -225,12 +225,14 @@ class Slicer:
             silent[OTHERS] = max(self._heard_at.values())
         return silent
 
-    @property
-    def missed_since(self) -> list[int | None]:
-        """For each partition, from when on anything may have been missed as far as no record says yet, ns."""
-        since = [gap.since for gap in self._gaps] + [[self.clock.now] * PARTITIONS]
-        since += [[at] * PARTITIONS for at in self._silent(self._now).values()]
-        return [None if None in each else min(at for at in each if at is not None) for each in zip(*since, strict=True)]
+    def dropped(self, tail: Resume) -> Resume:
+        """What goes on from a log that ended at `tail` and could not take what was made since."""
+        gaps = [gap.since for gap in self._gaps] + [[self.clock.now] * PARTITIONS]
+        last = [
+            None if ms is None or None in since else min(ms, *(at // NS_PER_MS for at in since if at is not None))
+            for ms, *since in zip(tail.last_ms, *gaps, strict=True)
+        ]
+        return Resume(tail.epoch, tail.clock_ms, tail.recv_ns, last, "journal", self._silent(self._now))
 
     def pong(self, asked: int, now: int) -> None:
         """An answered ping: everything that the feed had sent when it was asked has arrived."""

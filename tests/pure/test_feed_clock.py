@@ -585,7 +585,7 @@ class TestWhatAGapKnows:
             assert min(spans)[0] in range(69_000, 69_751), "it was last heard at 69.75 s"
             assert max(until for _, until, *_ in spans) == 73_000
 
-    @pytest.mark.parametrize("end", ["killed", "stopped"])
+    @pytest.mark.parametrize("end", ["killed", "stopped", "full"])
     def test_a_quiet_stream_is_not_taken_for_a_busy_one_because_it_was_unusually_silent_at_an_end(
         self, end: str
     ) -> None:
@@ -598,8 +598,11 @@ class TestWhatAGapKnows:
             return feed
 
         before = quiet(Feed(streams=("XT", "XQ")), 0, 645_000)
-        (before.flush if end == "killed" else before.stop)(T0 + 645_000)
-        after = quiet(Feed(resume=before.resume(), streams=("XT", "XQ")), 648_000, 800_000)
+        (before.stop if end == "stopped" else before.flush)(T0 + 645_000)
+        resume = before.slicer.dropped(before.resume()) if end == "full" else before.resume()
+        after = quiet(Feed(resume=resume, streams=("XT", "XQ")), 648_000, 800_000)
+        since, until, *_ = next(gap for gap in marked(after) if "XQ" in gap[2])
+        assert 643_500 <= since < until == 648_000
         assert [gap for gap in marked(after) if "XT" in gap[2]] == [
             (600_000, 648_000, ["XT"], "stall"),
             (648_000, 660_000, ["XT"], "stall"),
