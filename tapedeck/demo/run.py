@@ -414,7 +414,7 @@ class Demo:
 
     async def _stop(self, *spared: str) -> None:
         children = [child for name, child in self._children.items() if name not in spared]
-        await asyncio.gather(*(child.stop(1.0) for child in children))
+        await asyncio.gather(*(child.stop(1.0 if self._hasty else 5.0) for child in children))
 
     def _verdict(self, watch: Watch, report: Report | None, complaints: list[str]) -> int:
         p50, p99 = watch.percentiles_ms()
