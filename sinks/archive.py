@@ -253,12 +253,14 @@ class ArchiveSink:
 
     async def _show(self, consumer: AIOKafkaConsumer) -> None:
         """Sets the metric, and now and then Kafka's own offsets: those are for display, so failing is fine."""
-        if not self._positions or time.monotonic() < self._show_at:
-            return  # without partitions there are none to commit, which is an error to aiokafka
+        if time.monotonic() < self._show_at:
+            return
         self._show_at = time.monotonic() + SHOW_S
         ends = {place: consumer.highwater(place) for place in self._positions}
         lag = sum(max(0, end - self._positions[place]) for place, end in ends.items() if end is not None)
         metrics.SINK_LAG.labels(NAME).set(lag)
+        if not self._positions:
+            return  # to commit none is an error to aiokafka
         with contextlib.suppress(KafkaError, TimeoutError):
             async with asyncio.timeout(STOP_S):
                 await consumer.commit(self._positions)
