@@ -9,7 +9,7 @@ from aiokafka import TopicPartition
 from producers.silences import still_silent
 from producers.slicer import Resume
 from schemas import topics
-from schemas.raw import NotARawRecord, RawRecord, from_kafka
+from schemas.raw import NotARawRecord, RawRecord, from_kafka, record_of
 from tapedeck import kafka
 from tapedeck.errors import UsageError
 from tapedeck.settings import Settings
@@ -103,19 +103,20 @@ async def read_log_end(settings: Settings) -> LogEnd:
         while waiting:
             found = await reader.getmany(*waiting, timeout_ms=500)
             for place, offset in [*waiting.items()]:
-                error = "what ends a transaction"
-                try:
-                    if place in found:
-                        r = found[place][0]
-                        last[place.partition] = from_kafka(place.partition, r.timestamp, r.headers, r.value)
+                if place in found:
+                    r = found[place][0]
+                    record = record_of(r.partition, r.timestamp, r.headers, r.value, r.offset)
+                    if isinstance(record, RawRecord):
+                        last[place.partition] = record
                         del waiting[place]
                         continue
-                    if await reader.position(place) <= offset:
-                        continue  # it is on its way
-                except NotARawRecord as foreign:  # a dead letter of the processor's
-                    error = str(foreign)
+                    reason = record.reason  # a dead letter of the processor's
+                elif await reader.position(place) <= offset:
+                    continue  # it is on its way
+                else:
+                    reason = "what ends a transaction"
                 if offset <= max(begins[place], ends[place] - MOST_FOREIGN):
-                    raise UsageError(f"{topic} has records that tapedeck did not write: {error}")
+                    raise UsageError(f"{topic} has records that tapedeck did not write: {reason}")
                 waiting[place] = offset - 1  # ours stands before it
                 reader.seek(place, offset - 1)
     finally:

@@ -714,7 +714,7 @@ async def test_batches_do_not_grow_where_twice_as_large_would_take_too_long(
     failed: list[int] = []
     write = writer.write
 
-    async def slowly(connection: Any, table: tables.Table, lines: list[str], *others: Any) -> int:
+    async def slowly(connection: Any, table: tables.Table, lines: list[bytes], *others: Any) -> int:
         """By rows, as with a slow trigger, and as the server does that is to cancel it after half a second."""
         await asyncio.sleep(min(0.02 * len(lines), 0.5))
         if len(lines) > 25:
