@@ -8,7 +8,7 @@ from websockets.exceptions import WebSocketException
 from producers.protocol import Evicted, Protocol, SessionError, params_of
 from producers.session import FINAL, explained
 from producers.socket import ANSWER_TIMEOUT_S, open_socket
-from tapedeck.errors import TapedeckError, UsageError
+from tapedeck.errors import TapedeckError
 from tapedeck.settings import Settings
 
 EVENTS = 10
@@ -18,9 +18,7 @@ PATIENCE_S = 90.0  # longer than an aggregate takes to come
 async def dry_run(settings: Settings) -> None:
     """Connects, authenticates, subscribes and prints ten events. Raises UsageError, TapedeckError."""
     params = params_of(settings)
-    if not settings.polygon_api_key:
-        raise UsageError("POLYGON_API_KEY is not set: the feed needs a key")
-    protocol = Protocol(settings.polygon_api_key.get_secret_value(), params)
+    protocol = Protocol(settings.need_key("the feed"), params)
     url, shown = settings.polygon_ws_url, 0
     try:
         async with open_socket(settings) as socket:

@@ -8,7 +8,7 @@ import msgspec
 from producers.rest import Rest, RestError
 from schemas import wire
 from tapedeck import database
-from tapedeck.errors import TapedeckError, UsageError
+from tapedeck.errors import TapedeckError
 from tapedeck.settings import Settings
 
 TICKERS, EXCHANGES = "/v3/reference/tickers", "/v3/reference/exchanges"
@@ -36,8 +36,7 @@ class Exchange(msgspec.Struct):
 async def refresh(settings: Settings) -> tuple[int, int]:
     """Brings the tables `tickers` and `exchanges` up to date; how many rows there were for each. What the vendor no
     longer names is kept, for old trades have it. Raises UsageError, TapedeckError."""
-    if not settings.polygon_api_key:
-        raise UsageError("POLYGON_API_KEY is not set: REST needs a key")
+    settings.need_key("REST")
     try:
         async with Rest(settings) as rest:
             tickers = [

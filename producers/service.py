@@ -24,7 +24,7 @@ from schemas import topics
 from schemas.events import NS_PER_S
 from schemas.raw import RawRecord
 from tapedeck import kafka, metrics
-from tapedeck.errors import TapedeckError, UsageError
+from tapedeck.errors import TapedeckError
 from tapedeck.settings import Settings
 from tapedeck.shell import Shell
 
@@ -341,8 +341,7 @@ async def _wait(event: asyncio.Event) -> None:
 async def run(shell: Shell, record: Path | None = None) -> None:
     """`tapedeck produce`. Raises UsageError, TapedeckError."""
     settings = shell.settings
-    if not settings.polygon_api_key:
-        raise UsageError("POLYGON_API_KEY is not set: the feed needs a key")
+    settings.need_key("the feed")
     params_of(settings)
     folder = settings.journal_dir / (settings.topic_prefix + topics.RAW.name)
     try:

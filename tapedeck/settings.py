@@ -145,6 +145,12 @@ class Settings(BaseSettings):
     def usual_ns(self) -> int:
         return round(self.feed_usual_s * NS_PER_S)
 
+    def need_key(self, who: str) -> str:
+        """The vendor's key; raises UsageError where there is none."""
+        if not self.polygon_api_key:
+            raise UsageError(f"POLYGON_API_KEY is not set: {who} needs a key")
+        return self.polygon_api_key.get_secret_value()
+
     def kafka_options(self) -> dict[str, Any]:
         """Keyword arguments that every aiokafka client takes."""
         options: dict[str, Any] = {

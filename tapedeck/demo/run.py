@@ -64,8 +64,8 @@ class DemoOptions(NamedTuple):
 def run(settings: Settings, options: DemoOptions) -> int:
     """Returns the exit code: 0 only if everything is accounted for. Raises TapedeckError, UsageError."""
     logs.configure(settings.model_copy(update={"log_level": "WARNING"}), "demo")
-    if options.live and not settings.polygon_api_key:
-        raise UsageError("POLYGON_API_KEY is not set: --live needs a key")
+    if options.live:
+        settings.need_key("--live")
     if options.live and options.frames:
         raise UsageError("give either --live or --frames")
     folder = options.data_dir or Path(tempfile.mkdtemp(prefix="tapedeck-demo-"))
