@@ -128,14 +128,16 @@ async def speed(stand: Stand, folder: Path, console: Console, scale: Scale, name
     slow = Tape(max(10_000, scale.events // SLOW_SHARE), scale.minutes)
     slow_input = input_of(slow, SlicerSettings())
     if wants("tapedeck"):
-        rows: list[tuple[str, str, Input, list[str] | None]] = [
-            ("tapedeck, bars alone", f"slices of {trades.per_slice:.0f}", trades, BARS_ONLY),
-            ("tapedeck, whole chain", f"slices of {trades.per_slice:.0f}", trades, None),
-        ]
-        mixed = input_of(Tape(scale.events, scale.minutes, quotes=3), SlicerSettings())
-        rows.append(("tapedeck, whole chain", f"1 trade: 3 quotes, slices of {mixed.per_slice:.0f}", mixed, None))
-        busy = input_of(Tape(scale.events, minutes=max(2, scale.events // 300_000)), SlicerSettings())
-        rows.append(("tapedeck, bars alone", f"busier, slices of {busy.per_slice:.0f}", busy, BARS_ONLY))
+        rows: list[tuple[str, str, Input, list[str] | None]] = []
+        for minutes in (scale.minutes, max(2, scale.events // 300_000)):
+            ordinary = input_of(Tape(scale.events, minutes), SlicerSettings())
+            mixed = input_of(Tape(scale.events, minutes, quotes=3), SlicerSettings())
+            market = f"{scale.events / minutes / 60:,.0f} events/s, slices of"
+            rows += [
+                ("tapedeck, bars alone", f"{market} {ordinary.per_slice:.0f}", ordinary, BARS_ONLY),
+                ("tapedeck, whole chain", f"{market} {ordinary.per_slice:.0f}", ordinary, None),
+                ("tapedeck, whole chain", f"1 trade: 3 quotes, {market} {mixed.per_slice:.0f}", mixed, None),
+            ]
         single = input_of(Tape(scale.single, scale.minutes), SINGLE)
         rows.append(("tapedeck, whole chain", "slices of 1", single, None))
         number = 0
