@@ -1,6 +1,7 @@
 """The archive and the replay: rows/s into Parquet, bytes per trade there, events/s from there onto topics.
 
 Each is a process of its own on one core, Kafka on the other, timed whole: start, connecting and making topics included.
+What those take of a replay is that of one of the tape's first second.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from rich.table import Table
 
 from bench.line import span
 from bench.producer import broker, pinned
-from bench.tape import Tape
+from bench.tape import BEGIN_MS, Tape
 from producers.slicer import SlicerSettings
 from schemas import topics
 from schemas.raw import RawRecord
@@ -31,6 +32,7 @@ from tapedeck.archive import Archive
 from tapedeck.settings import Settings
 
 EVENTS = 1_000_000
+END_MS = 2_000_000_000_000  # behind all of it
 PATIENCE_S = 300
 
 
@@ -40,10 +42,9 @@ class Kind(NamedTuple):
     name: str
     rate: int
     per_frame: int
-    events: int
 
 
-KINDS = (Kind("busy", 100_000, 20, EVENTS), Kind("one by one", 1_000, 1, EVENTS // 4))
+KINDS = (Kind("busy", 100_000, 20), Kind("one by one", 1_000, 1))
 Run = dict[str, float]
 
 
@@ -74,7 +75,19 @@ async def load(settings: Settings, records: list[RawRecord]) -> None:
     await publisher.stop()
 
 
-def run(kafka: str, kind: Kind, records: list[RawRecord], number: int, folder: Path) -> Run:
+def replayed(prefix: str, until_ms: int, environment: dict[str, str], folder: Path) -> tuple[float, float, int]:
+    """Wall and CPU seconds of a replay from the tape's beginning, and its records."""
+    began = time.monotonic()
+    stretch = ["--from", str(BEGIN_MS), "--to", str(until_ms), "--prefix", prefix, "--source", "archive"]
+    player, log = measured(["replay", *stretch], environment, folder)
+    _, status, usage = os.wait4(player.pid, 0)
+    took, said = time.monotonic() - began, re.search(r"([\d,]+) records onto", log.read_text())
+    if status or not said:
+        raise SystemExit(log.read_text())
+    return took, usage.ru_utime + usage.ru_stime, int(said[1].replace(",", ""))
+
+
+def run(kafka: str, records: list[RawRecord], number: int, folder: Path) -> Run:
     where = folder / f"archive{number}"
     settings = Settings(
         _env_file=None,
@@ -104,23 +117,20 @@ def run(kafka: str, kind: Kind, records: list[RawRecord], number: int, folder: P
         count = sum(span.end - span.begin for span in spans)
     times = process.cpu_times()
     # A sink that has read everything waits for more before its last files: that is no work of its own.
-    found = {"archive_s": wrote - began, "archive_us": (times.user + times.system) / kind.events * 1e6}
+    found = {"archive_s": wrote - began, "archive_us": (times.user + times.system) / EVENTS * 1e6}
     sink.terminate()
     sink.wait()
-    found["small_bytes"] = sum(archive.sizes(topic).values()) / kind.events
+    found["small_bytes"] = sum(archive.sizes(topic).values()) / EVENTS
     compact, log = measured(["archive", "compact"], environment, folder)
     if compact.wait():
         raise SystemExit(log.read_text())
-    found["bytes"] = sum(archive.sizes(topic).values()) / kind.events
+    found["bytes"] = sum(archive.sizes(topic).values()) / EVENTS
 
-    began = time.monotonic()
-    times_of = ["--from", "2020-01-01", "--to", "2100-01-01", "--prefix", f"again{number}.", "--source", "archive"]
-    player, log = measured(["replay", *times_of], environment, folder)
-    _, status, usage = os.wait4(player.pid, 0)
-    found["replay_s"] = time.monotonic() - began
-    found["replay_us"] = (usage.ru_utime + usage.ru_stime) / kind.events * 1e6
-    if status or not re.search(f"{len(records):,} records", log.read_text()):
-        raise SystemExit(log.read_text())
+    found["start_s"], _, _ = replayed(f"start{number}.", BEGIN_MS + 1000, environment, folder)
+    found["replay_s"], cpu_s, count = replayed(f"again{number}.", END_MS, environment, folder)
+    found["replay_us"] = cpu_s / EVENTS * 1e6
+    if count != len(records):
+        raise SystemExit(f"{count} of {len(records)} records were replayed")
     return found
 
 
@@ -132,28 +142,30 @@ def main() -> None:
     table = Table(title=f"archive and replay, one core (min - max of {options.runs} runs)")
     for name in ("tape", "events", "in a record", "archived k/s", "CPU µs/event", "bytes/event", "merged"):
         table.add_column(name, justify="right")
-    for name in ("replayed k/s", "CPU µs/event"):
+    for name in ("replayed k/s", "CPU µs/event", "start s", "k/s after it"):
         table.add_column(name, justify="right")
     number = 0
     with tempfile.TemporaryDirectory() as folder, broker() as kafka:
         for kind in KINDS:
-            tape = Tape(kind.events)
+            tape = Tape(EVENTS)
             records = list(tape.records(SlicerSettings(), kind.rate, kind.per_frame))
             runs: defaultdict[str, list[float]] = defaultdict(list)
             for _ in range(options.runs):
                 number += 1
-                for name, value in run(kafka, kind, records, number, Path(folder)).items():
+                for name, value in run(kafka, records, number, Path(folder)).items():
                     runs[name].append(value)
             table.add_row(
                 kind.name,
-                f"{kind.events:,}",
-                f"{kind.events / len(records):.1f}",
-                span([kind.events / s / 1000 for s in runs["archive_s"]]),
+                f"{EVENTS:,}",
+                f"{EVENTS / len(records):.1f}",
+                span([EVENTS / s / 1000 for s in runs["archive_s"]]),
                 span(runs["archive_us"], 1),
                 span(runs["small_bytes"], 1),
                 span(runs["bytes"], 1),
-                span([kind.events / s / 1000 for s in runs["replay_s"]]),
+                span([EVENTS / s / 1000 for s in runs["replay_s"]]),
                 span(runs["replay_us"], 1),
+                span(runs["start_s"], 1),
+                span([EVENTS / (s - start) / 1000 for s, start in zip(runs["replay_s"], runs["start_s"], strict=True)]),
             )
     console.print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     console.print(table)

@@ -8,10 +8,10 @@ import asyncio
 import math
 import re
 from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
+from itertools import compress
 from typing import NamedTuple
 
 import structlog
@@ -19,7 +19,7 @@ from aiokafka.errors import KafkaError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from producers.replayed import replayed, wanted
+from producers.replayed import filtered, wanted
 from schemas import topics
 from schemas.raw import REPLAY, REPLAY_BEGINS, Foreign, record_of
 from tapedeck import kafka
@@ -42,12 +42,15 @@ class Wanted(NamedTuple):
     speed: float
 
 
-class Due(NamedTuple):
-    """A record and its turn: its own time, or that of a record before it in its partition which is later."""
+class Turn(NamedTuple):
+    """What is due of one partition, and of each record when: its own time, or that of one before it which is later."""
 
-    at_ms: int
     place: Place
-    entry: Entry
+    times: list[int]
+    entries: list[Entry]
+
+    def part(self, first: int, end: int | None = None) -> "Turn":
+        return Turn(self.place, self.times[first:end], self.entries[first:end])
 
 
 class Stretch:
@@ -57,18 +60,19 @@ class Stretch:
         self.count = end - first
         self.lacks = 0 < first == history.begin  # what was before it, which may have been of the time that is wanted
         self._begins = first > 0
-        self._src = b""  # until the first record of ours
+        self._begun = False  # the first record of ours was taken
         self._topic = topic
         self._place = place
         self._position = first
         self._batches = history.batches(first, end)
+        self._latest_ms = 0
         self._times: list[int] = []
         self._entries: list[Entry] = []
 
     async def fill(self) -> bool:
         """Sees to it that there are records at hand; False: there are no more."""
         if not self._entries:
-            latest = self._times[-1] if self._times else 0
+            latest = self._latest_ms
             self._entries = await anext(self._batches, [])
             if self._entries and self._entries[0].offset != self._position:
                 raise TapedeckError(
@@ -83,34 +87,44 @@ class Stretch:
         """The time of the last record at hand."""
         return self._times[-1]
 
-    def take(self, until_ms: int, symbols: frozenset[str]) -> tuple[int, list[Due]]:
+    def take(self, until_ms: int, symbols: frozenset[str]) -> tuple[int, Turn]:
         """Takes the records at hand that are due by then; returns their number, and what becomes of them."""
         count = bisect_right(self._times, until_ms)
-        due = []
-        for at_ms, entry in zip(self._times[:count], self._entries[:count], strict=True):
-            headers, value = entry.headers, entry.value
-            if self._topic is topics.RAW:
-                headers, value = replayed(headers, value, symbols, self._source(entry))
-            elif not wanted(headers, symbols):
-                continue
-            again = Entry(entry.partition, entry.offset, entry.timestamp_ms, entry.key, headers, value)
-            due.append(Due(at_ms, self._place, again))
+        times, entries = self._times[:count], self._entries[:count]
+        del self._times[:count], self._entries[:count]
         if count:
-            self._position = self._entries[count - 1].offset + 1
-        if count < len(self._entries):
-            del self._times[:count]
-        del self._entries[:count]
-        return count, due
+            self._latest_ms, self._position = times[-1], entries[-1].offset + 1
+        if self._topic is topics.RAW:
+            if symbols:
+                entries = [e._replace(value=filtered(e.headers, e.value, symbols)) for e in entries]
+            entries = self._named(entries)
+        elif symbols:
+            kept = [wanted(entry.headers, symbols) for entry in entries]
+            times, entries = list(compress(times, kept)), list(compress(entries, kept))
+        return count, Turn(self._place, times, entries)
 
-    def _source(self, entry: Entry) -> bytes:
-        """What to call the source of a record: the first one of ours says when it is in the middle."""
-        if self._src:
-            return self._src
-        record = record_of(entry.partition, entry.timestamp_ms, entry.headers, entry.value, entry.offset)
-        if isinstance(record, Foreign):
-            return dict(entry.headers).get("src", b"")
-        self._src = REPLAY.encode()
-        return REPLAY_BEGINS.encode() if self._begins or record.src == REPLAY_BEGINS else self._src
+    def _named(self, entries: list[Entry]) -> list[Entry]:
+        """What they become but for events left out. The first record of ours says when it is in the middle; what
+        somebody else wrote before it stays as it is."""
+        first = 0
+        while not self._begun and first < len(entries):
+            partition, offset, timestamp_ms, _, headers, value = entries[first]
+            record = record_of(partition, timestamp_ms, headers, value, offset)
+            if not isinstance(record, Foreign):
+                self._begun = True
+                src = REPLAY_BEGINS if self._begins or record.src == REPLAY_BEGINS else REPLAY
+                entries[first : first + 1] = replayed(entries[first : first + 1], src)
+            first += 1
+        return [*entries[:first], *replayed(entries[first:], REPLAY)]
+
+
+def replayed(entries: Iterable[Entry], src: str) -> list[Entry]:
+    """Raw records of this source."""
+    ours = ("src", src.encode())
+    return [
+        Entry(partition, offset, timestamp_ms, key, [ours if pair[0] == "src" else pair for pair in headers], value)
+        for partition, offset, timestamp_ms, key, headers, value in entries
+    ]
 
 
 async def replay(settings: Settings, source: Source, prefix: str, want: Wanted) -> int:
@@ -194,17 +208,14 @@ async def _play(stretches: Sequence[Stretch], publisher: kafka.Publisher, want: 
     try:
         with progress:
             task = progress.add_task("", total=sum(stretch.count for stretch in stretches))
-            async for count, records in _paced(_rounds(stretches, want.symbols), want.speed):
+            async for count, turns in _paced(_rounds(stretches, want.symbols), want.speed):
                 if sending is not None:
                     await sending
-                batches: dict[Place, list[Entry]] = defaultdict(list)
-                for record in records:
-                    batches[record.place].append(record.entry)
                 # The next are read while these are on their way.
-                sending = asyncio.create_task(publisher.publish_batches(batches))
-                done += len(records)
-                if records:
-                    progress.update(task, description=_text(records[-1].at_ms))
+                sending = asyncio.create_task(publisher.publish_batches({turn.place: turn.entries for turn in turns}))
+                done += sum(len(turn.entries) for turn in turns)
+                if turns:
+                    progress.update(task, description=_text(max(turn.times[-1] for turn in turns)))
                 progress.advance(task, count)
             if sending is not None:
                 await sending
@@ -214,36 +225,36 @@ async def _play(stretches: Sequence[Stretch], publisher: kafka.Publisher, want: 
     return done
 
 
-async def _rounds(stretches: Sequence[Stretch], symbols: frozenset[str]) -> AsyncIterator[tuple[int, list[Due]]]:
+async def _rounds(stretches: Sequence[Stretch], symbols: frozenset[str]) -> AsyncIterator[tuple[int, list[Turn]]]:
     """All records, some at a time, with the number of those they are what is left of: nothing of a later round is due
     before what is in an earlier one."""
     while stretches := [stretch for stretch in stretches if await stretch.fill()]:
         until_ms = min(stretch.until_ms for stretch in stretches)
         taken = [stretch.take(until_ms, symbols) for stretch in stretches]
-        yield sum(count for count, _ in taken), [record for _, records in taken for record in records]
+        yield sum(count for count, _ in taken), [turn for _, turn in taken if turn.entries]
 
 
-async def _paced(rounds: AsyncIterator[tuple[int, list[Due]]], speed: float) -> AsyncIterator[tuple[int, list[Due]]]:
+async def _paced(rounds: AsyncIterator[tuple[int, list[Turn]]], speed: float) -> AsyncIterator[tuple[int, list[Turn]]]:
     """The same, each record not before its time has come."""
     loop = asyncio.get_running_loop()
     began: tuple[float, int] | None = None
-    async for count, records in rounds:
-        if math.isinf(speed) or not records:
-            yield count, records
+    async for count, turns in rounds:
+        if math.isinf(speed) or not turns:
+            yield count, turns
             continue
-        records.sort(key=lambda record: record.at_ms)
         if began is None:
-            began = loop.time(), records[0].at_ms
-        count -= len(records)
-        while records:
+            began = loop.time(), min(turn.times[0] for turn in turns)
+        count -= sum(len(turn.entries) for turn in turns)
+        while turns:
             now_ms = began[1] + (loop.time() - began[0]) * MS_PER_S * speed
-            due = bisect_right(records, now_ms, key=lambda record: record.at_ms)
-            if not due:
-                await asyncio.sleep((records[0].at_ms - now_ms) / MS_PER_S / speed)
+            first_ms = min(turn.times[0] for turn in turns)
+            if first_ms > now_ms:
+                await asyncio.sleep((first_ms - now_ms) / MS_PER_S / speed)
                 continue
-            yield count + due, records[:due]
+            cuts = [bisect_right(turn.times, now_ms) for turn in turns]
+            yield count + sum(cuts), [turn.part(0, cut) for turn, cut in zip(turns, cuts, strict=True) if cut]
             count = 0
-            del records[:due]
+            turns = [rest for turn, cut in zip(turns, cuts, strict=True) if (rest := turn.part(cut)).entries]
 
 
 def _text(time_ms: int) -> str:

@@ -2,26 +2,23 @@
 
 from functools import lru_cache
 
+import msgspec
+
 from schemas import rest, wire
 
 Headers = list[tuple[str, bytes]]
 
 
-def replayed(
-    headers: Headers, value: bytes | None, symbols: frozenset[str], src: bytes
-) -> tuple[Headers, bytes | None]:
-    """Of a raw record. With `symbols`, events of other pairs are left out of slices, each for a mark that takes its
-    number; what names no pair stays."""
-    if symbols and value and ("kind", b"slice") in headers:
-        value = _filtered(value, symbols)
-    ours = ("src", src)
-    return [ours if header[0] == "src" else header for header in headers], value
+def filtered(headers: Headers, value: bytes | None, symbols: frozenset[str]) -> bytes | None:
+    """The value of a raw record without the events of other pairs: each leaves a mark, which takes its number. What
+    names no pair stays."""
+    return _filtered(value, symbols) if value and ("kind", b"slice") in headers else value
 
 
 def wanted(headers: Headers, symbols: frozenset[str]) -> bool:
     """Whether a record of REST's is of these pairs (none: of all); what names no pair is."""
     try:
-        return not symbols or _is_of(rest.repair_of(headers)[0].pair, symbols)
+        return not symbols or _symbol(rest.repair_of(headers)[0].pair) in {None, *symbols}
     except rest.NotARepair:
         return True
 
@@ -31,20 +28,22 @@ def _filtered(value: bytes, symbols: frozenset[str]) -> bytes:
         parts = wire.split_array(value)
     except wire.DECODE_ERRORS:
         return value
-    kept = [bytes(part) if _part_is_of(part, symbols) else wire.LEFT_OUT for part in parts]
+    right = {None, *symbols}
+    kept = [bytes(part) if _symbol_of(part) in right else wire.LEFT_OUT for part in parts]
     return b"[" + b",".join(kept) + b"]" if wire.LEFT_OUT in kept else value
 
 
-def _part_is_of(part: bytes, symbols: frozenset[str]) -> bool:
+def _symbol_of(part: msgspec.Raw) -> str | None:
+    """Of an event; None where it names no pair."""
     try:
-        return _is_of(wire.decode_head(part).pair, symbols)
+        return _symbol(wire.decode_head(part).pair)
     except wire.DECODE_ERRORS:
-        return True
+        return None
 
 
 @lru_cache(maxsize=65536)
-def _is_of(pair: str, symbols: frozenset[str]) -> bool:
+def _symbol(pair: str) -> str | None:
     try:
-        return wire.symbol_of(pair) in symbols
+        return wire.symbol_of(pair)
     except ValueError:
-        return True
+        return None

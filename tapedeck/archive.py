@@ -9,7 +9,6 @@ import re
 import uuid
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ SCHEMA = pa.schema(
         pa.field("value", pa.binary()),
     ]
 )
-READ_ROWS = 500
+READ_BYTES = 512 * 1024  # at once, uncompressed, by the average of a row group
 GROUP_BYTES = 8 * 1024**2  # of a row group, uncompressed: a reader of one record reads it whole
 ABANDONED_S = 24 * 3600  # files written aside that are older than this are nobody's any more
 _ASIDE = re.compile(r"topic=[^/]+/date=[^/]+/hour=\d\d/\.[0-9a-f]{32}\.tmp")
@@ -152,57 +151,24 @@ def table_of(entries: Sequence[Entry]) -> pa.Table:
 
 def entries_of(batch: pa.RecordBatch) -> list[Entry]:
     partitions, offsets, timestamps, keys, headers, values = batch.columns
-    bounds = _numbers(headers.offsets, "i")
-    first, end = bounds[0], bounds[-1]
-    names, data = headers.keys.slice(first, end - first), headers.items.slice(first, end - first)
-    pairs = list(zip(_texts(names), _binaries(data), strict=True))
-    return list(
-        map(
-            Entry,
-            _numbers(partitions, "i"),
-            _numbers(offsets, "q"),
-            _numbers(timestamps, "q"),
-            _binaries(keys),
-            [pairs[bound - first : after - first] for bound, after in pairwise(bounds)],
-            _binaries(values),
-        )
-    )
-
-
-def _numbers(array: pa.Array, code: str) -> list[int]:
-    """Of an array without nulls. As `to_pylist`, which makes an object of Arrow's of each value in between."""
-    numbers = memoryview(array.buffers()[1]).cast("B").cast(code)  # type: ignore[call-overload]
-    found: list[int] = numbers[array.offset : array.offset + len(array)].tolist()
-    return found
-
-
-def _binaries(array: pa.Array) -> list[bytes | None]:
-    if array.null_count:
-        found: list[bytes | None] = array.to_pylist()
-        return found
-    _, offsets, data = array.buffers()
-    bounds = memoryview(offsets).cast("B").cast("i")[array.offset : array.offset + len(array) + 1]
-    whole = memoryview(data or b"")
-    return [bytes(whole[begin:end]) for begin, end in pairwise(bounds)]
-
-
-def _texts(array: pa.Array) -> list[str]:
-    """Few different ones."""
-    encoded = array.dictionary_encode()
-    names = encoded.dictionary.to_pylist()
-    return [names[index] for index in _numbers(encoded.indices, "i")]
+    columns = [partitions, offsets, timestamps.cast(pa.int64()), keys, headers, values]
+    return list(map(Entry, *(column.to_pylist() for column in columns)))
 
 
 def _rows(parquet: pq.ParquetFile, part: Part, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     place = parquet.schema_arrow.get_field_index("offset")
-    statistics = [parquet.metadata.row_group(group).column(place).statistics for group in range(parquet.num_row_groups)]
-    groups = [group for group, found in enumerate(statistics) if _overlaps(found, part)]
     # One group at a time, for a batch goes beyond the end of one, and records may be large.
-    for batch in (batch for group in groups for batch in parquet.iter_batches(READ_ROWS, [group], columns=columns)):
-        offsets = batch.column("offset").to_pylist()
-        first, end = bisect_left(offsets, part.first), bisect_left(offsets, part.end)
-        if first < end:
-            yield batch.slice(first, end - first)
+    for group in range(parquet.num_row_groups):
+        found = parquet.metadata.row_group(group)
+        if not _overlaps(found.column(place).statistics, part):
+            continue
+        rows = max(1, READ_BYTES * found.num_rows // found.total_byte_size)
+        # What a thread for each column gains is less than what it costs to wake them.
+        for batch in parquet.iter_batches(rows, [group], columns=columns, use_threads=False):
+            offsets = batch.column("offset").to_pylist()
+            first, end = bisect_left(offsets, part.first), bisect_left(offsets, part.end)
+            if first < end:
+                yield batch.slice(first, end - first)
 
 
 def _overlaps(statistics: Any, part: Part) -> bool:

@@ -335,6 +335,8 @@ def replay(since: int, until: int, symbols: list[str] | None, speed: float, sour
 
     makes of them what was made of the originals. A time is that of the records, which is the feed's.
     """
+    import uvloop
+
     from producers.replay import Wanted
     from producers.replay import replay as play
     from schemas.events import NS_PER_MS
@@ -346,7 +348,7 @@ def replay(since: int, until: int, symbols: list[str] | None, speed: float, sour
     logs.configure(settings, "replay")
     wanted = frozenset() if "*" in (symbols or "*") else frozenset(symbols or [])
     want = Wanted(-(-since // NS_PER_MS), -(-until // NS_PER_MS), wanted, speed)
-    count = asyncio.run(play(settings, source, prefix, want))
+    count = uvloop.run(play(settings, source, prefix, want))
     click.echo(f"{count:,} records onto the topics under {prefix}", err=True)
     return 0
 

@@ -7,7 +7,7 @@ import pytest
 from processors.pipeline import Pipeline
 from processors.settings import PipelineSettings
 from producers.replay import Stretch
-from producers.replayed import replayed, wanted
+from producers.replayed import filtered, wanted
 from schemas import rest, topics, wire
 from schemas.raw import RawRecord
 from tapedeck.history import Entry
@@ -18,9 +18,7 @@ OUT = wire.LEFT_OUT
 
 def of(value: bytes, kind: str = "slice") -> bytes | None:
     record = RawRecord(1, 0, kind, 1, 0, [(0, 1)], value)
-    headers, value_after = replayed(record.headers(), value, SYMBOLS, b"replay")
-    assert headers == record._replace(src="replay").headers()
-    return value_after
+    return filtered(record.headers(), value, SYMBOLS)
 
 
 @pytest.mark.parametrize(
@@ -74,5 +72,26 @@ async def test_the_first_record_of_ours_says_that_the_log_begins_in_its_middle()
     stretch = Stretch(topics.RAW, ("replay.raw.crypto.v1", 1), Middle(), 5, 8)
     assert await stretch.fill()
     assert stretch.lacks
-    _, due = stretch.take(9, frozenset())
-    assert [dict(record.entry.headers)["src"] for record in due] == [b"ws", b"replay-begins", b"replay"]
+    _, turn = stretch.take(9, frozenset())
+    assert [dict(entry.headers)["src"] for entry in turn.entries] == [b"ws", b"replay-begins", b"replay"]
+
+
+class Backwards:
+    """Two batches: the second begins with a record that is older than the last of the first."""
+
+    begin, end = 0, 4
+
+    async def first_since(self, timestamp_ms: int) -> int:
+        return 0
+
+    async def batches(self, first: int, end: int) -> AsyncIterator[list[Entry]]:
+        for times in ((10, 20), (15, 30)):
+            yield [Entry(1, times[0] // 15 * 2 + n, ms, None, [], b"[null]") for n, ms in enumerate(times)]
+
+
+async def test_a_record_is_played_no_earlier_than_those_before_it() -> None:
+    stretch = Stretch(topics.RAW, ("replay.raw.crypto.v1", 1), Backwards(), 0, 4)
+    turns = []
+    while await stretch.fill():
+        turns += stretch.take(99, frozenset())[1].times
+    assert turns == [10, 20, 20, 30]
