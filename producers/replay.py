@@ -19,8 +19,9 @@ from aiokafka.errors import KafkaError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from producers.replayed import filtered, wanted
+from producers.replayed import filtered, has_event, wanted
 from schemas import topics
+from schemas.partition import partition_of
 from schemas.raw import REPLAY, REPLAY_BEGINS, Foreign, record_of
 from tapedeck import kafka
 from tapedeck.errors import TapedeckError, UsageError
@@ -63,11 +64,24 @@ class Stretch:
         self._begun = False  # the first record of ours was taken
         self._topic = topic
         self._place = place
+        self.partition = place[1]
         self._position = first
+        self._history = history
         self._batches = history.batches(first, end)
         self._latest_ms = 0
         self._times: list[int] = []
         self._entries: list[Entry] = []
+
+    async def has(self, symbols: frozenset[str]) -> bool:
+        """Whether any of it is of these pairs: looks before anything is taken."""
+        async for entries in self._history.batches(self._position, self._position + self.count):
+            if self._topic is topics.RAW:
+                found = any(has_event(entry.value, symbols) for entry in entries)
+            else:
+                found = any(wanted(entry.headers, symbols) for entry in entries)
+            if found:
+                return True
+        return False
 
     async def fill(self) -> bool:
         """Sees to it that there are records at hand; False: there are no more."""
@@ -143,6 +157,12 @@ async def replay(settings: Settings, source: Source, prefix: str, want: Wanted) 
         ]
         if not stretches:
             raise TapedeckError(f"there is nothing to play from {_text(want.since_ms)} to {_text(want.until_ms)}")
+        if want.symbols and not await _any_has(stretches, want.symbols):
+            raise TapedeckError(
+                f"no event from {_text(want.since_ms)} to {_text(want.until_ms)} is of "
+                f"{', '.join(sorted(want.symbols))}, so nothing is played: look at its spelling (like BTC-USD), and at "
+                "`tapedeck status` for what there is"
+            )
         if any(stretch.lacks for stretch in stretches):
             log.warning("the log begins too late to play all of it: another --source may still have it", source=source)
         await _prepare(target)
@@ -154,6 +174,14 @@ async def replay(settings: Settings, source: Source, prefix: str, want: Wanted) 
             raise TapedeckError(
                 f"the replay ends before its end, Kafka says: {error!r}. Start it again with another --prefix"
             ) from error
+
+
+async def _any_has(stretches: Iterable[Stretch], symbols: frozenset[str]) -> bool:
+    likely = set(map(partition_of, symbols))
+    for stretch in sorted(stretches, key=lambda stretch: stretch.partition not in likely):
+        if await stretch.has(symbols):
+            return True
+    return False
 
 
 def _check(settings: Settings, prefix: str) -> None:

@@ -15,6 +15,14 @@ def filtered(headers: Headers, value: bytes | None, symbols: frozenset[str]) -> 
     return _filtered(value, symbols) if value and ("kind", b"slice") in headers else value
 
 
+def has_event(value: bytes | None, symbols: frozenset[str]) -> bool:
+    """Whether a raw record has an event of these pairs."""
+    try:
+        return any(_symbol_of(part) in symbols for part in wire.split_array(value or b""))
+    except wire.DECODE_ERRORS:  # a tick, a gap, bad bytes
+        return False
+
+
 def wanted(headers: Headers, symbols: frozenset[str]) -> bool:
     """Whether a record of REST's is of these pairs (none: of all); what names no pair is."""
     try:

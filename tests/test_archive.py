@@ -269,6 +269,11 @@ async def test_a_replay_of_some_pairs_keeps_their_identities_and_the_pace(
     assert some["deadletters.v1"] == []
     assert [e.partition for e in await read(target, "kafka", topics.RAW_REST)] == [0]
 
+    none = f"{settings.topic_prefix}none."
+    with pytest.raises(TapedeckError, match="is of NOPE-USD, so nothing is played"):
+        await replay(settings, "kafka", none, Wanted(since, until_ms, frozenset({"NOPE-USD"}), math.inf))
+    assert await replay(settings, "kafka", none, Wanted(since, until_ms, frozenset({"ETH-USD"}), math.inf))
+
 
 def cut(entries: list[Entry], since_ms: int, until_ms: int) -> list[Entry]:
     """A range by its definition."""

@@ -7,7 +7,7 @@ import pytest
 from processors.pipeline import Pipeline
 from processors.settings import PipelineSettings
 from producers.replay import Stretch
-from producers.replayed import filtered, wanted
+from producers.replayed import filtered, has_event, wanted
 from schemas import rest, topics, wire
 from schemas.raw import RawRecord
 from tapedeck.history import Entry
@@ -39,6 +39,12 @@ def of(value: bytes, kind: str = "slice") -> bytes | None:
 def test_events_of_other_pairs_are_left_out(value: bytes, after: bytes) -> None:
     assert of(value) == after
     assert of(value, "bad") == value
+
+
+def test_what_names_no_pair_is_no_event_of_one() -> None:
+    assert has_event(b'[{"ev":"XT","pair":"ETH-USD"},{"ev":"XT","pair":"X:BTCUSD"}]', SYMBOLS)
+    for value in (b'[null,{"ev":"XT"},{"ev":"XT","pair":"ETH-USD"}]', b'{"fresh":[]}', b"[]", b"", None):
+        assert not has_event(value, SYMBOLS)
 
 
 def test_the_pipeline_counts_what_was_left_out_and_says_nothing_of_it() -> None:
