@@ -67,6 +67,7 @@ class Sink:
         self._in_hand, self._since = 0, 0.0  # how many records the database works at, and since when
         self._most = self._settings.sink_batch_rows  # to a batch
         self._quick_s = SLOW_S  # after one that took less they may grow
+        self._repeats = False  # in the batch before
         self._failures = 0
         self._shown: dict[TopicPartition, int] = {}
         self._show_at = 0.0
@@ -232,7 +233,7 @@ class Sink:
         refused = [made for _, made in entries if isinstance(made, writer.Refused)]
         started = time.perf_counter()
         try:
-            changed = await writer.write(self._connection, self._table, lines, moves, refused)
+            changed = await writer.write(self._connection, self._table, lines, moves, refused, self._repeats)
         except asyncpg.PostgresError as error:
             if not lines or not writer.row_is_refused(error):
                 raise
@@ -245,6 +246,7 @@ class Sink:
                 await self._store([(record, writer.Refused(record, f"{type(error).__name__}: {error}"))])
             return
         self._positions |= {place: new for place, (_, new) in moves.items()}
+        self._repeats = changed < len(lines)
         name = self._table.name
         metrics.COMMIT_SECONDS.labels(name).observe(time.perf_counter() - started)
         metrics.ROWS.labels(name).inc(changed)

@@ -87,10 +87,16 @@ async def stage(connection: asyncpg.Connection, table: Table) -> None:
 
 
 async def write(
-    connection: asyncpg.Connection, table: Table, lines: Sequence[bytes], moves: Moves, refused: Sequence[Refused] = ()
+    connection: asyncpg.Connection,
+    table: Table,
+    lines: Sequence[bytes],
+    moves: Moves,
+    refused: Sequence[Refused] = (),
+    repeats: bool = False,
 ) -> int:
     """Writes rows and moves offsets (place to expected and new) together; returns the rows changed. Records that are
-    `refused` are kept beside, whole; again after the offsets were set back, that is a no-op too.
+    `refused` are kept beside, whole; again after the offsets were set back, that is a no-op too. `repeats`: rows that
+    stand there already are likely, which costs less where it is known.
 
     Raises Fenced when any offset is not the expected one, and what asyncpg raises; either way nothing is
     written and nothing moved. The offsets are touched, and so locked, only when the rows have arrived: from
@@ -111,7 +117,7 @@ async def write(
             told = [row[0] for row in await connection.fetch(table.insert)]
             await _tell(connection, table.channel, told)
             return len(told)
-        return await _insert(connection, table, len(lines))
+        return await _insert(connection, table, len(lines), repeats)
 
 
 async def lose(connection: asyncpg.Connection, table: Table, place: TopicPartition, at: int, begin: int) -> None:
@@ -150,17 +156,18 @@ async def _move(connection: asyncpg.Connection, table: Table, moves: Moves) -> N
         raise Fenced(f"the offsets of {', '.join(f'{t}[{p}]' for t, p in sorted(lost))} are not ours")
 
 
-async def _insert(connection: asyncpg.Connection, table: Table, staged: int) -> int:
+async def _insert(connection: asyncpg.Connection, table: Table, staged: int, repeats: bool) -> int:
     """Returns the rows inserted. As if none were there already, which is a quarter cheaper and nearly always so; the
     log may hold a repeat, and offsets may have been set back."""
-    try:
-        plain = table.insert.removesuffix(FIRST_STAYS)
-        await connection.execute(f"SAVEPOINT before; {plain}; RELEASE SAVEPOINT before")
-        return staged
-    except asyncpg.UniqueViolationError:
-        await connection.execute("ROLLBACK TO SAVEPOINT before")
-        status: str = await connection.execute(table.insert)
-        return int(status.rsplit(" ", 1)[1])
+    if not repeats:
+        try:
+            plain = table.insert.removesuffix(FIRST_STAYS)
+            await connection.execute(f"SAVEPOINT before; {plain}; RELEASE SAVEPOINT before")
+            return staged
+        except asyncpg.UniqueViolationError:
+            await connection.execute("ROLLBACK TO SAVEPOINT before")
+    status: str = await connection.execute(table.insert)
+    return int(status.rsplit(" ", 1)[1])
 
 
 async def _tell(connection: asyncpg.Connection, channel: str, told: Sequence[str]) -> None:

@@ -743,6 +743,25 @@ async def test_a_writer_that_freezes_inside_its_transaction_holds_nobody_up_for_
     frozen.terminate()
 
 
+async def test_where_one_batch_had_a_repeat_the_next_is_written_as_if_it_had_one(
+    settings: Settings, publish: Publish, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected: list[bool] = []
+    write = writer.write
+
+    async def noted(*arguments: Any) -> int:
+        expected.append(arguments[-1])
+        return await write(*arguments)
+
+    monkeypatch.setattr(writer, "write", noted)
+    async with sinking(settings, "quotes"):
+        for done, number in enumerate((0, 0, 0, 1, 2), 1):
+            await publish(topics.QUOTES, 0, [quote(number)])
+            await reaches(db, tables.QUOTES, done)
+    assert expected == [False, False, True, True, False]
+    assert sorted(n for _, n in await places(db, tables.QUOTES)) == [0, 1, 2]
+
+
 # -- zombies --------------------------------------------------------------------------------------
 
 
