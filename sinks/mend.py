@@ -1,7 +1,7 @@
 """Tables compared with what the log makes of them, and put right.
 
 The recomputed records are staged in temporary tables, in the sinks' own columns. A full join with the rows that stand
-in the same stretch notes every difference by its key; putting them right is one transaction with that.
+in the same stretch notes every difference with what is due; putting them right is one transaction with that.
 """
 
 import io
@@ -77,7 +77,8 @@ _ANOTHER = "t.fingerprint <> b.fingerprint"
 
 
 def _first(table: Table, *keys: str, either: bool = False) -> Target:
-    """Of each key the first of the feed's stands, then the first of REST's."""
+    """Of each key the first of the feed's stands, then the first of REST's. With the time as the first of the keys they
+    are sorted in a fifth of the time: it is a number, and nearly tells them apart."""
     key = ", ".join(keys)
     due = f"SELECT DISTINCT ON ({key}) * FROM made_{table.name} ORDER BY {key}, epoch < 0, abs(epoch), n"
     return Target(table, table.name, keys, due, f"SELECT * FROM {table.name}", "false", _NOT_READ, either)
@@ -87,8 +88,8 @@ _BAR = ("symbol", "interval", "time")
 _HISTORY = "crypto_aggregates_history"
 TARGETS = {
     # A trade may come over the socket and over REST, or again when its minute is forgotten.
-    "trades": (_first(TRADES, "symbol", "exchange", "trade_id", "time", either=True),),
-    "quotes": (_first(QUOTES, "epoch", "partition", "n", "time"),),
+    "trades": (_first(TRADES, "time", "symbol", "exchange", "trade_id", either=True),),
+    "quotes": (_first(QUOTES, "time", "epoch", "partition", "n"),),
     "bars": (
         Target(
             BARS,
@@ -108,7 +109,7 @@ TARGETS = {
             _ANOTHER,
             _NOT_SETTLED,
         ),
-        _first(VENDOR_BARS, "epoch", "partition", "n", "time"),
+        _first(VENDOR_BARS, "time", "epoch", "partition", "n"),
     ),
 }
 
@@ -168,7 +169,7 @@ class Mending:
         )
         for target in self._targets:
             await self._run(
-                f"CREATE TEMP TABLE found_{target.name} AS SELECT ''::text AS kind, {_quoted(target.keys)}, "
+                f"CREATE TEMP TABLE found_{target.name} AS SELECT ''::text AS kind, {_quoted(target.columns)}, "
                 f"''::text AS standing, ''::text AS due FROM {target.name} WITH NO DATA"
             )
 
@@ -231,6 +232,7 @@ class Mending:
 
     async def _find(self, target: Target, listed: int | None) -> None:
         columns, keys = _quoted(target.columns), _quoted(target.keys)
+        due = ", ".join(f'"{column}"' if column in target.keys else f'r."{column}"' for column in target.columns)
         within = "time >= (SELECT since FROM bounds) AND time < (SELECT until FROM bounds)"
         if "end" in target.columns:
             within += ' AND "end" <= (SELECT until_ns FROM bounds)'
@@ -243,7 +245,7 @@ class Mending:
                 WHEN {target.beyond} THEN 'beyond'
                 WHEN r.time IS NULL THEN 'extra'
                 ELSE 'changed' END,
-                {keys},
+                {due},
                 CASE WHEN row_number() OVER () <= $1 AND t.time IS NOT NULL THEN to_jsonb(t)::text END,
                 CASE WHEN row_number() OVER () <= $1 AND r.time IS NOT NULL THEN to_jsonb(r)::text END
             FROM bounds b CROSS JOIN (
@@ -265,23 +267,22 @@ class Mending:
     async def _mend(self, target: Target) -> None:
         """Where TimescaleDB has packed the rows, every chunk that the time does not rule out is unpacked whole; and of
         a key no column may be set, not even to what it is."""
-        columns, keys = _quoted(target.columns), _quoted(target.keys)
-        due = f"FROM ({target.due}) r JOIN found_{target.name} f USING ({keys})"
+        columns, found = _quoted(target.columns), f"found_{target.name}"
         new = ", ".join(f'"{column}" = n."{column}"' for column in target.columns if column not in target.keys)
         same = f"{_equal('t', 'n', target.keys)} AND t.time >= $1 AND t.time < $2"
         stretch = timestamp(self._since), timestamp(self._until)
-        kinds = {row[0] for row in await self._connection.fetch(f"SELECT DISTINCT kind FROM found_{target.name}")}
+        kinds = {row[0] for row in await self._connection.fetch(f"SELECT DISTINCT kind FROM {found}")}
         if "extra" in kinds:
-            await self._run(
-                f"DELETE FROM {target.name} t USING found_{target.name} n WHERE n.kind = 'extra' AND {same}", *stretch
-            )
+            await self._run(f"DELETE FROM {target.name} t USING {found} n WHERE n.kind = 'extra' AND {same}", *stretch)
         if "changed" in kinds:
             await self._run(
-                f"UPDATE {target.name} t SET {new} FROM (SELECT r.* {due} WHERE f.kind = 'changed') n WHERE {same}",
+                f"UPDATE {target.name} t SET {new} FROM {found} n WHERE n.kind = 'changed' AND {same}",
                 *stretch,
             )
         if "missing" in kinds:
-            await self._run(f"INSERT INTO {target.name} ({columns}) SELECT {columns} {due} WHERE f.kind = 'missing'")
+            await self._run(
+                f"INSERT INTO {target.name} ({columns}) SELECT {columns} FROM {found} WHERE kind = 'missing'"
+            )
 
     async def _run(self, query: str, *values: object) -> None:
         await self._connection.execute(query, *values, timeout=LONG_S)
