@@ -38,6 +38,7 @@ from bench.stand import Stand, on_core
 from schemas import events, topics
 from schemas.partition import partition_of
 from sinks import tables
+from sinks.writer import source
 from tapedeck import database, kafka
 from tapedeck.embedded import prepare_postgres
 from tapedeck.settings import Settings
@@ -264,10 +265,7 @@ async def size(stand: Stand, url: str, total: int) -> tuple[Table, Table]:
 
 
 async def _copy(connection: asyncpg.Connection, name: str, lines: list[bytes]) -> None:
-    async def source() -> AsyncIterator[bytes]:
-        yield b"".join(lines)
-
-    await connection.copy_to_table(name, source=source(), columns=list(tables.TRADES.columns))
+    await connection.copy_to_table(name, source=source(lines), columns=list(tables.TRADES.columns))
 
 
 async def _bytes(connection: asyncpg.Connection, name: str, total: int, indexes: bool = False) -> float:
