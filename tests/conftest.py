@@ -27,6 +27,7 @@ from pydantic import SecretStr
 
 from bench.market import write_frames
 from schemas import events, topics
+from tapedeck import database
 from tapedeck import kafka as kafka_clients
 from tapedeck.embedded import Service, prepare_kafka, prepare_postgres
 from tapedeck.embedded.ports import free_ports
@@ -174,6 +175,15 @@ def settings(kafka: str, database_url: str, tmp_path: Path) -> Settings:
         polygon_api_key=SecretStr("dummy"),
         http_port=0,
     )
+
+
+@pytest.fixture
+async def db(settings: Settings) -> AsyncIterator[asyncpg.Connection]:
+    """A connection to the test's migrated database."""
+    await database.prepare(settings)
+    connection = await asyncpg.connect(settings.database_url.get_secret_value())
+    yield connection
+    await connection.close()
 
 
 Publish = Callable[[topics.Topic, int, Iterable[msgspec.Struct | bytes | None]], Awaitable[None]]

@@ -19,8 +19,8 @@ from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from conftest import Process, Spawn, until
 from pydantic import SecretStr
+from sinking import says, sinking, unmake
 from test_processor import disturbed, send_in_transaction
-from test_sinks import says, sinking, unmake
 
 from bench.market import write_frames
 from processors.compute import FILES, compute

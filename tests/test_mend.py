@@ -7,7 +7,7 @@ from decimal import Decimal
 import asyncpg
 import pytest
 from aiokafka import TopicPartition
-from test_sinks import START_NS, bar, trade
+from sinking import START_NS, bar, trade
 
 from schemas import events, topics
 from schemas.events import MINUTE_NS

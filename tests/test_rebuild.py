@@ -16,8 +16,8 @@ from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from conftest import Spawn, until
 from pydantic import SecretStr
+from sinking import row_of
 from test_processor import Line, market_log
-from test_sinks import row_of
 from test_sinks_mayhem import canonical
 
 from processors.compute import FILES, compute

@@ -21,8 +21,8 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 from conftest import Process, Publish, Servers, Spawn, until
+from sinking import quote, row_of, texts
 from test_processor import disturbed
-from test_sinks import quote, row_of, texts
 
 from bench.market import write_frames
 from processors.compute import run

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from conftest import Publish, Spawn
 from pydantic import SecretStr
-from test_sinks import ANOMALY, GAP, bar, free_port, quote, reaches, sinking, trade
+from sinking import ANOMALY, GAP, bar, free_port, quote, reaches, sinking, trade
 
 from schemas import topics
 from sinks import tables
