@@ -79,13 +79,13 @@ $(VENV)/made:
 
 $(VENV)/installed: $(VENV)/made requirements.lock pyproject.toml
 	@echo 'installing into $(VENV), once: a minute or so' >&2
-	@$(PIP) install --quiet --no-compile --require-hashes -r requirements.lock >&2
+	@$(PIP) install --quiet --require-hashes -r requirements.lock >&2
 	@$(PIP) install --quiet --no-deps --no-build-isolation -e . >&2
 	@touch $@
 
 # It has all that runs as well, so a demo after it has nothing to install.
 $(VENV)/installed-dev: $(VENV)/made requirements-dev.lock requirements.lock pyproject.toml
 	@echo 'installing into $(VENV) for development, once: a minute or so' >&2
-	@$(PIP) install --quiet --no-compile --require-hashes -r requirements-dev.lock >&2
+	@$(PIP) install --quiet --require-hashes -r requirements-dev.lock >&2
 	@$(PIP) install --quiet --no-deps --no-build-isolation -e . >&2
 	@touch $(VENV)/installed $@
