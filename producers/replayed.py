@@ -1,4 +1,4 @@
-"""What a record of history becomes when it is played again: the same, but for its `src`, and for events left out."""
+"""Which of history is of the pairs that are played again, and what a record becomes without the events of others."""
 
 from functools import lru_cache
 
