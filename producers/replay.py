@@ -19,7 +19,7 @@ from aiokafka.errors import KafkaError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from producers.replayed import filtered, has_event, wanted
+from producers.replayed import filtered, has_event, symbol_of
 from schemas import topics
 from schemas.partition import partition_of
 from schemas.raw import REPLAY, REPLAY_BEGINS, Foreign, record_of
@@ -78,7 +78,7 @@ class Stretch:
             if self._topic is topics.RAW:
                 found = any(has_event(entry.value, symbols) for entry in entries)
             else:
-                found = any(wanted(entry.headers, symbols) for entry in entries)
+                found = any(symbol_of(entry.headers) in symbols for entry in entries)
             if found:
                 return True
         return False
@@ -113,7 +113,7 @@ class Stretch:
                 entries = [e._replace(value=filtered(e.headers, e.value, symbols)) for e in entries]
             entries = self._named(entries)
         elif symbols:
-            kept = [wanted(entry.headers, symbols) for entry in entries]
+            kept = [symbol_of(entry.headers) in {None, *symbols} for entry in entries]
             times, entries = list(compress(times, kept)), list(compress(entries, kept))
         return count, Turn(self._place, times, entries)
 
@@ -177,9 +177,10 @@ async def replay(settings: Settings, source: Source, prefix: str, want: Wanted) 
 
 
 async def _any_has(stretches: Iterable[Stretch], symbols: frozenset[str]) -> bool:
-    likely = set(map(partition_of, symbols))
-    for stretch in sorted(stretches, key=lambda stretch: stretch.partition not in likely):
-        if await stretch.has(symbols):
+    """A pair is in its own partition and in no other."""
+    own = set(map(partition_of, symbols))
+    for stretch in stretches:
+        if stretch.partition in own and await stretch.has(symbols):
             return True
     return False
 

@@ -23,12 +23,12 @@ def has_event(value: bytes | None, symbols: frozenset[str]) -> bool:
         return False
 
 
-def wanted(headers: Headers, symbols: frozenset[str]) -> bool:
-    """Whether a record of REST's is of these pairs (none: of all); what names no pair is."""
+def symbol_of(headers: Headers) -> str | None:
+    """Of a record of REST's; None where it names no pair."""
     try:
-        return not symbols or _symbol(rest.repair_of(headers)[0].pair) in {None, *symbols}
+        return _symbol(rest.repair_of(headers)[0].pair)
     except rest.NotARepair:
-        return True
+        return None
 
 
 def _filtered(value: bytes, symbols: frozenset[str]) -> bytes:
