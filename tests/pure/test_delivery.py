@@ -5,8 +5,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from faust.types import TP
 
-from processors import service
+from processors import service, transport
 from processors.service import Piece, Processor
 from processors.stages import RAW
 from schemas import topics
@@ -39,3 +40,22 @@ async def test_a_hole_in_what_waits_for_a_rebuild_is_behind_what_came_before_it(
     (partition,) = processor._partitions.values()
     await partition.rebuilding
     assert (processed, begun) == ([30, 31, 33, 34], [30, 33])
+
+
+async def test_only_a_fetch_for_all_partitions_may_wait_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faust asks for those whose streams have room; the others may have it any moment."""
+    waited: list[float] = []
+
+    async def getmany(_: object, __: set[TP], timeout: float) -> dict[TP, list[Any]]:
+        waited.append(timeout)
+        return {}
+
+    monkeypatch.setattr(transport.aiokafka.Consumer, "_getmany", getmany)
+    busy, quiet = TP("raw", 0), TP("raw", 1)
+    consumer: Any = transport._Consumer.__new__(transport._Consumer)
+    consumer.held, consumer.assignment = set(), lambda: {busy, quiet}
+    for active in ({busy, quiet}, None, {quiet}):
+        await consumer._getmany(active, 1.0)
+    consumer.held = {busy}  # being rebuilt
+    await consumer._getmany({busy, quiet}, 1.0)
+    assert waited == [1.0, 1.0, transport.IDLE_S, transport.IDLE_S]
