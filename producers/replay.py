@@ -120,19 +120,18 @@ class Stretch:
     def _named(self, entries: list[Entry]) -> list[Entry]:
         """What they become but for events left out. The first record of ours says when it is in the middle; what
         somebody else wrote before it stays as it is."""
-        first = 0
-        while not self._begun and first < len(entries):
-            partition, offset, timestamp_ms, _, headers, value = entries[first]
+        if self._begun:
+            return _from(REPLAY, entries)
+        for place, (partition, offset, timestamp_ms, _, headers, value) in enumerate(entries):
             record = record_of(partition, timestamp_ms, headers, value, offset)
             if not isinstance(record, Foreign):
                 self._begun = True
                 src = REPLAY_BEGINS if self._begins or record.src == REPLAY_BEGINS else REPLAY
-                entries[first : first + 1] = replayed(entries[first : first + 1], src)
-            first += 1
-        return [*entries[:first], *replayed(entries[first:], REPLAY)]
+                return [*entries[:place], *_from(src, entries[place : place + 1]), *_from(REPLAY, entries[place + 1 :])]
+        return entries
 
 
-def replayed(entries: Iterable[Entry], src: str) -> list[Entry]:
+def _from(src: str, entries: Iterable[Entry]) -> list[Entry]:
     """Raw records of this source."""
     ours = ("src", src.encode())
     return [
