@@ -129,8 +129,9 @@ async def speed(stand: Stand, folder: Path, console: Console, scale: Scale, name
     slow_input = input_of(slow, SlicerSettings())
     if wants("tapedeck"):
         rows: list[tuple[str, str, Input, list[str] | None]] = []
-        for minutes in (scale.minutes, max(2, scale.events // 300_000)):
-            ordinary = input_of(Tape(scale.events, minutes), SlicerSettings())
+        short = max(2, scale.events // 300_000)
+        busy = input_of(Tape(scale.events, short), SlicerSettings())
+        for minutes, ordinary in ((scale.minutes, trades), (short, busy)):
             mixed = input_of(Tape(scale.events, minutes, quotes=3), SlicerSettings())
             market = f"{scale.events / minutes / 60:,.0f} events/s, slices of"
             rows += [
