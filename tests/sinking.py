@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import itertools
-import socket
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -256,9 +255,3 @@ async def unmake(settings: Settings, *unwanted: topics.Topic) -> None:
     async with kafka.admin_client(settings) as admin:
         await admin.delete_topics(list(names))
         await until(gone, 60)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

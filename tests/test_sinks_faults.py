@@ -19,11 +19,12 @@ import pytest
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from conftest import Process, Publish, Servers, Spawn, until
 from pydantic import SecretStr
-from sinking import Load, all_once, counted, free_port, places, quote, reaches, says, sinking
+from sinking import Load, all_once, counted, places, quote, reaches, says, sinking
 
 from schemas import topics
 from sinks import assignment, service, tables, writer
 from tapedeck import database
+from tapedeck.embedded.ports import free_ports
 from tapedeck.settings import Settings
 from tapedeck.shell import Shell
 
@@ -396,7 +397,7 @@ async def refuses_wrong_passwords(url: str) -> bool:
 
 async def test_who_cannot_be_reached_or_refuses_is_named_in_one_line(settings: Settings, spawn: Spawn) -> None:
     url = settings.database_url.get_secret_value()
-    port = free_port()
+    (port,) = free_ports(1)
     cases = [
         (
             {"database_url": SecretStr(f"postgresql://someone:secret@127.0.0.1:{port}/tape")},
@@ -437,7 +438,7 @@ async def test_sigterm_ends_it_though_the_database_is_away(settings: Settings) -
             await asyncio.sleep(0.01)
         assert time.monotonic() - started < 5
 
-    away = SecretStr(f"postgresql://someone@127.0.0.1:{free_port()}/tape")
+    away = SecretStr(f"postgresql://someone@127.0.0.1:{free_ports(1)[0]}/tape")
     shell = Shell(settings.model_copy(update={"database_url": away, "connect_timeout_s": 30}), "sink")
     task = asyncio.create_task(service.run(shell, "all"))
     await stop_soon(shell)

@@ -8,11 +8,12 @@ from typing import Any
 import msgspec
 from conftest import Publish, Spawn
 from pydantic import SecretStr
-from sinking import ANOMALY, GAP, bar, free_port, quote, reaches, sinking, trade
+from sinking import ANOMALY, GAP, bar, quote, reaches, sinking, trade
 
 from schemas import topics
 from sinks import tables
 from tapedeck import database
+from tapedeck.embedded.ports import free_ports
 from tapedeck.settings import Settings
 
 AWAY_URL = SecretStr("postgresql://someone:secret@127.0.0.1:1/tape")
@@ -69,7 +70,7 @@ async def test_nothing_yet_is_no_failure_and_who_is_away_is_named_while_the_othe
     nothing = {"topic_prefix": "nobody."}
     said, no_kafka, no_database, wrong = await asyncio.gather(
         status(spawn, code=0, **nothing),
-        status(spawn, code=1, kafka_bootstrap_servers=f"127.0.0.1:{free_port()}"),
+        status(spawn, code=1, kafka_bootstrap_servers=f"127.0.0.1:{free_ports(1)[0]}"),
         status(spawn, code=1, database_url=AWAY_URL),
         status(
             spawn,
