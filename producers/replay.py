@@ -64,7 +64,6 @@ class Stretch:
         self._begun = False  # the first record of ours was taken
         self._topic = topic
         self._place = place
-        self.partition = place[1]
         self._position = first
         self._history = history
         self._batches = history.batches(first, end)
@@ -73,7 +72,10 @@ class Stretch:
         self._entries: list[Entry] = []
 
     async def has(self, symbols: frozenset[str]) -> bool:
-        """Whether any of it is of these pairs: looks before anything is taken."""
+        """Whether any of it is of these pairs: looks before anything is taken. A pair is in its own partition and in no
+        other."""
+        if self._place[1] not in map(partition_of, symbols):
+            return False
         async for entries in self._history.batches(self._position, self._position + self.count):
             if self._topic is topics.RAW:
                 found = any(has_event(entry.value, symbols) for entry in entries)
@@ -113,7 +115,8 @@ class Stretch:
                 entries = [e._replace(value=filtered(e.headers, e.value, symbols)) for e in entries]
             entries = self._named(entries)
         elif symbols:
-            kept = [symbol_of(entry.headers) in {None, *symbols} for entry in entries]
+            right = {None, *symbols}  # what names no pair stays
+            kept = [symbol_of(entry.headers) in right for entry in entries]
             times, entries = list(compress(times, kept)), list(compress(entries, kept))
         return count, Turn(self._place, times, entries)
 
@@ -176,10 +179,8 @@ async def replay(settings: Settings, source: Source, prefix: str, want: Wanted) 
 
 
 async def _any_has(stretches: Iterable[Stretch], symbols: frozenset[str]) -> bool:
-    """A pair is in its own partition and in no other."""
-    own = set(map(partition_of, symbols))
     for stretch in stretches:
-        if stretch.partition in own and await stretch.has(symbols):
+        if await stretch.has(symbols):
             return True
     return False
 
